@@ -1,0 +1,65 @@
+"""What a trajectory is made of: frozen, without jax, so that `--help` and the ledger read it at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kv = Literal["first", "depth"]
+Backend = Literal["xla", "jax", "cudnn", "pallas"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Base of all trajectories."""
+
+    steps: int = 4
+    """K, the largest number of thinking steps."""
+    halting_head: bool = True
+    """Whether the model has a halting head. Without one it can only run a rule that needs nothing."""
+    halting_bias: float = 0.0
+    """Initial bias of the halting logit. Negative: long thinking at the start."""
+
+
+@dataclass(frozen=True)
+class Transformer(ModelConfig):
+    """Prelude, then a core applied up to `steps` times, then a coda. One lane per token."""
+
+    d_model: int = 64
+    heads: int = 4
+    kv_heads: int | None = None
+    """Grouped-query attention: fewer key and value heads than query heads. None: as many."""
+    head_size: int | None = None
+    """None: d_model / heads."""
+    mlp_size: int | None = None
+    """Hidden width of SwiGLU. None: 8/3 d_model, rounded up to a multiple of 8."""
+    prelude_layers: int = 1
+    core_layers: int = 1
+    coda_layers: int = 0
+    tied: bool = True
+    """One core for all steps. False: each step has its own parameters (an ordinary deep transformer)."""
+    inject: bool = True
+    """Give the prelude's output to every step (a learned mix of state and input)."""
+    kv: Kv = "depth"
+    """Keys that a token shows: `depth`, those of step min(j, its own last); `first`, those of the prelude, one plane."""
+    causal: bool = True
+    tied_embeddings: bool = False
+    rope_theta: float = 10_000.0
+    unroll: bool = True
+    """Write layers and steps out in the program (faster on CPU) or scan over them (compiles faster)."""
+    remat: bool = False
+    """Recompute a core step in the backward pass instead of keeping its activations."""
+    attention: Backend = "xla"
+
+
+@dataclass(frozen=True)
+class Recurrent(ModelConfig):
+    """An RNN or GRU cell that reads the whole input vector at every thinking step. One lane per example.
+
+    The setting of ACT (Graves 2016, section 3.1) and PonderNet (Banino et al. 2021, section 4.1) on parity.
+    """
+
+    cell: Literal["rnn", "gru"] = "gru"
+    d_model: int = 128
+    unroll: bool = True
+    remat: bool = False

@@ -1,0 +1,101 @@
+"""The signatures that hold trajectory, halting rule and executor apart.
+
+`*n` is the lane shape: `[B]` where an example halts, `[B, T]` where a token halts. Every leaf of a state and of a
+rule's carry leads with `*n`. `k` counts thinking steps from 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+from etils import epy
+from jaxtyping import Bool, Float, Int
+
+with epy.lazy_imports():
+    import jax
+
+State = Any  # pytree, leaves [*n, ...]
+Carry = Any  # pytree, leaves [*n, ...]
+Mixes = Literal["states", "losses", "neither"]
+
+
+class Seen(NamedTuple):
+    """What a rule may look at. Only the fields in `rule.needs` are computed, and priced."""
+
+    halt: Float[jax.Array, "*n"] | None = None  # logit of the trajectory's own halting head, fp32 always
+    logits: Float[jax.Array, "*n V"] | None = None  # coda and head at this step: the dear one
+    hidden: Float[jax.Array, "*n D"] | None = None
+
+
+class Halt(NamedTuple):
+    """What a rule answers at one step."""
+
+    weight: Float[jax.Array, "*n"]  # fp32, p_halt of this step; differentiable; sums to 1 over the steps run
+    stop: Bool[jax.Array, "*n"]  # this step was the lane's last
+    cost: Float[jax.Array, "*n"]  # fp32, this step's share of the regulariser, before `rule.cost_weight`
+
+
+class Rule(Protocol):
+    """When thinking stops: no parameters, no model, no loop. A frozen dataclass of hyper-parameters."""
+
+    needs: ClassVar[frozenset[str]]  # fields of Seen
+    mixes: ClassVar[Mixes]  # what the weights average: ACT states, PonderNet losses, fixed depth neither
+
+    @property
+    def cost_weight(self) -> float:
+        """Factor of the regulariser in the loss (ACT: tau, PonderNet: beta)."""
+
+    @property
+    def exits(self) -> tuple[str, ...]:
+        """Names of the ways to stop at inference, the default first."""
+
+    def exiting(self, exit: str) -> Rule:
+        """The same rule, stopping by `exit`."""
+
+    def init(self, lanes: tuple[int, ...], steps: int) -> Carry:
+        """Memory of the rule before step 1, for at most `steps` steps."""
+
+    def __call__(
+        self, carry: Carry, seen: Seen, k: Int[jax.Array, "*n"], last: Bool[jax.Array, "*n"], key: jax.Array
+    ) -> tuple[Carry, Halt]:
+        """Step `k` has run and shows `seen`. Where `last`, the lane takes the remainder and stops."""
+
+
+class Trajectory(Protocol):
+    """How the hidden state moves. Owns every parameter, the halting head included; no loop over k, no loss, no rule."""
+
+    steps: int  # K
+
+    def context(self, segments: Int[jax.Array, "B T"], positions: Int[jax.Array, "B T"]) -> Any:
+        """What a lane sees of the others, for full sequences. A pytree; `None` where lanes do not look at each other."""
+
+    def embed(self, inputs: jax.Array) -> jax.Array:
+        """Token ids or values to the injected input, `[*n, D]`."""
+
+    def begin(self, x: jax.Array, context: Any, key: jax.Array) -> tuple[State, jax.Array, Any]:
+        """Prelude: the initial state, the input that every step is given, and the context."""
+
+    def step(
+        self, state: State, x: jax.Array, k: jax.Array, context: Any, running: Bool[jax.Array, "*n"] | None, key: jax.Array
+    ) -> tuple[State, Any]:
+        """One application of the core. Where `running` is given, lanes outside it show the keys of their last step."""
+
+    def see(self, state: State, context: Any, needs: frozenset[str]) -> Seen:
+        """Only what the rule needs."""
+
+    def finish(self, state: State, context: Any) -> Float[jax.Array, "*n D"]:
+        """Coda and final norm."""
+
+    def logits(self, hidden: Float[jax.Array, "*n D"]) -> Float[jax.Array, "*n V"]:
+        """fp32 always."""
+
+
+class Ran(NamedTuple):
+    """What an executor gives back."""
+
+    state: State  # at the stop, or the weighted mean of the states where rule.mixes == "states"
+    observed: Any  # leaves [K, *n]: what `observe` gave at each step, or None
+    weight: Float[jax.Array, "K *n"]
+    cost: Float[jax.Array, "*n"]
+    steps: Int[jax.Array, "*n"]  # executed until the stop
+    context: Any

@@ -1,0 +1,92 @@
+"""What a task is: rows with a difficulty label, an exact verifier, and splits that share no question.
+
+A task is a frozen dataclass of its settings. It knows nothing of jax or of TFDS: `ponder.tasks.builder` turns any task
+into a TFDS builder, `ponder.data.feed` into batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+
+SPLITS = ("train", "validation", "calibration", "test", "extrapolation")
+
+
+class Rows(NamedTuple):
+    """A block of encoded rows. Padding has weight 0 and segment 0."""
+
+    inputs: np.ndarray  # [R, T] int16 or int32: token ids, or the values of a vector
+    targets: np.ndarray  # [R, T] or [R], int
+    weights: np.ndarray  # like targets, uint8: 1 where the target counts
+    difficulty: np.ndarray  # like targets, int: label in 0 .. difficulties - 1
+    segments: np.ndarray  # [R, T] int: 1, 2, ... by packed example, 0 on padding
+    positions: np.ndarray  # [R, T] int: within the segment
+
+
+class Shape(NamedTuple):
+    """What a model must know of a task."""
+
+    vocabulary: int  # distinct input ids; 0 where the inputs are values of a vector
+    length: int  # T
+    classes: int  # size of the output
+    lanes: Literal["token", "example"]  # one target a token, or one an example
+
+
+@dataclass(frozen=True)
+class Task:
+    """Base of all tasks. Every setting changes the data and so its fingerprint."""
+
+    difficulty_name: ClassVar[str] = "difficulty"
+    """What the label counts, for tables and axes ("digits", "set bits")."""
+    unit: ClassVar[Literal["accuracy", "bits"]] = "accuracy"
+    """The headline metric: exact match of the whole answer, or bits per byte."""
+
+    @property
+    def shape(self) -> Shape:
+        raise NotImplementedError
+
+    @property
+    def difficulties(self) -> int:
+        """Number of labels: difficulty lies in 0 .. difficulties - 1."""
+        raise NotImplementedError
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names out of SPLITS that this task has; `extrapolation` is harder than anything in `train`."""
+        return SPLITS
+
+    def rows(self, split: str) -> Iterator[Rows]:
+        """Blocks of encoded rows in a deterministic order. Raises UserError on missing or damaged source files."""
+        raise NotImplementedError
+
+    def verify(self, question: str, answer: str) -> bool:
+        """Whether `answer` is exactly right for `question`, both as text."""
+        raise NotImplementedError
+
+    def encode(self, question: str) -> list[int]:
+        """Prompt text to input ids."""
+        raise NotImplementedError
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids to text."""
+        raise NotImplementedError
+
+
+def bucket(canonical: bytes, salt: str = "ponder") -> float:
+    """Uniform number in [0, 1) that depends on the canonical question alone, so equal questions share a split."""
+    digest = hashlib.blake2b(canonical, digest_size=8, key=salt.encode()).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def split_of(canonical: bytes, fractions: dict[str, float]) -> str:
+    """The split that owns a question. `fractions` maps names to shares that sum to one."""
+    u, edge = bucket(canonical), 0.0
+    for name, share in fractions.items():
+        edge += share
+        if u < edge:
+            return name
+    return name
