@@ -6,7 +6,7 @@ rule's carry leads with `*n`. `k` counts thinking steps from 1.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from etils import epy
 from jaxtyping import Bool, Float, Int
@@ -35,6 +35,7 @@ class Halt(NamedTuple):
     cost: Float[jax.Array, "*n"]  # fp32, this step's share of the regulariser, before `rule.cost_weight`
 
 
+@runtime_checkable
 class Rule(Protocol):
     """When thinking stops: no parameters, no model, no loop. A frozen dataclass of hyper-parameters."""
 
@@ -61,6 +62,7 @@ class Rule(Protocol):
         """Step `k` has run and shows `seen`. Where `last`, the lane takes the remainder and stops."""
 
 
+@runtime_checkable
 class Trajectory(Protocol):
     """How the hidden state moves. Owns every parameter, the halting head included; no loop over k, no loss, no rule."""
 
