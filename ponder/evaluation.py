@@ -1,0 +1,174 @@
+"""Frozen inference over a split: accuracy, loss, steps and FLOPs, whole and by difficulty, for every way to exit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from ponder import compute
+from ponder.config import Config
+from ponder.data.batch import Batch
+from ponder.objectives.ponder import lane_mask, ponder_loss, predict
+
+Row = dict[str, Any]
+
+
+class Sums(NamedTuple):
+    """Totals of one batch under one exit; `D` is the number of difficulty labels."""
+
+    examples: Float[Array, "D"]  # questions, or targets where the task is measured in bits
+    right: Float[Array, "D"]  # questions whose every target is right
+    targets: Float[Array, "D"]
+    targets_right: Float[Array, "D"]
+    loss: Float[Array, "D"]  # nats, summed over targets
+    steps: Float[Array, "D"]  # executed, summed over targets
+    lanes: Float[Array, ""]  # every lane that is not padding, prompt included
+    lane_steps: Float[Array, ""]
+    run_on_loss: Float[Array, ""]  # of the answer at the stop when stopped lanes run on, summed over targets
+    expected_loss: Float[Array, ""]  # the training objective's task loss, summed over targets
+
+
+class Lanes(NamedTuple):
+    """What each lane did, for traces."""
+
+    steps: Int[Array, "*n"]
+    correct: Bool[Array, "*n"]
+
+
+def make_evaluate_step(
+    graphdef: Any, config: Config
+) -> Callable[[Any, Batch, jax.Array], dict[str, tuple[Sums, Lanes]]]:
+    """`(params, batch, key) -> {exit: (Sums, Lanes)}`, one program for all exits of the rule."""
+    difficulties = config.task.difficulties
+    by_target = config.task.unit == "bits"
+
+    def evaluate_step(params: Any, batch: Batch, key: jax.Array) -> dict[str, tuple[Sums, Lanes]]:
+        model = nnx.merge(graphdef, params)
+        mask = lane_mask(batch).astype(jnp.float32)
+        answers = {}
+        for exit in config.rule.exits:
+            rule = config.rule.exiting(exit)
+            frozen = predict(model, rule, batch, key, unroll=config.model.unroll)
+            _, run_on = ponder_loss(model, rule, batch, key, freeze=False, unroll=config.model.unroll)
+            target = batch.weights.ravel()
+            label = batch.difficulty.ravel()
+
+            def by_difficulty(values: Array, weight: Array = target, label: Array = label) -> Array:
+                return jax.ops.segment_sum(values.ravel().astype(jnp.float32) * weight, label, difficulties)
+
+            targets = by_difficulty(jnp.ones_like(target))
+            targets_right = by_difficulty(frozen.correct)
+            if by_target:
+                examples, right = targets, targets_right
+            else:
+                examples, right = exact_matches(batch, frozen.correct, difficulties)
+            answers[exit] = (
+                Sums(
+                    examples=examples,
+                    right=right,
+                    targets=targets,
+                    targets_right=targets_right,
+                    loss=by_difficulty(frozen.task_loss),
+                    steps=by_difficulty(frozen.steps),
+                    lanes=jnp.sum(mask),
+                    lane_steps=jnp.sum(frozen.steps * mask),
+                    run_on_loss=jnp.sum(run_on.stop_loss * batch.weights),
+                    expected_loss=jnp.sum(run_on.task_loss * batch.weights),
+                ),
+                Lanes(frozen.steps, frozen.correct),
+            )
+        return answers
+
+    return evaluate_step
+
+
+def exact_matches(batch: Batch, correct: Bool[Array, "*n"], difficulties: int) -> tuple[Array, Array]:
+    """Questions and questions answered exactly, by difficulty, each `[D]`. A packed row holds several questions.
+
+    The label of a question is the largest of its targets. Teacher-forced agreement at every target is the same as
+    greedy decoding giving the whole answer: up to the first error both see the same prefix.
+    """
+    rows, length = batch.segments.shape
+    if batch.targets.ndim == 1:
+        has_target = batch.weights > 0
+        label = jnp.where(has_target, batch.difficulty, 0)
+        right = has_target & correct
+    else:
+        question = (jnp.arange(rows)[:, None] * (length + 1) + batch.segments).ravel()  # [B*T]
+        size = rows * (length + 1)
+        is_target = (batch.weights > 0).ravel()
+        has_target = jax.ops.segment_max(is_target.astype(jnp.int32), question, size) > 0
+        wrong = jax.ops.segment_max((is_target & ~correct.ravel()).astype(jnp.int32), question, size) > 0
+        label = jax.ops.segment_max(jnp.where(is_target, batch.difficulty.ravel(), 0), question, size)
+        label = jnp.maximum(label, 0)  # a segment id that does not occur has the smallest integer
+        right = has_target & ~wrong
+    examples = jax.ops.segment_sum(has_target.astype(jnp.float32), label, difficulties)
+    return examples, jax.ops.segment_sum(right.astype(jnp.float32), label, difficulties)
+
+
+def evaluate(
+    evaluate_step: Callable[[Any, Batch, jax.Array], dict[str, tuple[Sums, Lanes]]],
+    params: Any,
+    batches: Iterable[Batch],
+    key: jax.Array,
+    config: Config,
+) -> list[Row]:
+    """Evaluation rows, one for each exit and seed (see `summarise`). Batch i draws from `fold_in(key, i)`."""
+    totals: dict[str, Any] = {}
+    for i, batch in enumerate(batches):
+        for exit, (sums, _) in evaluate_step(params, batch, jax.random.fold_in(key, i)).items():
+            sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
+            totals[exit] = jax.tree.map(np.add, totals[exit], sums) if exit in totals else sums
+    rows = []
+    for exit, sums in totals.items():
+        for seed, of_seed in enumerate(unstack(sums, config.seeds)):
+            rows.append({"seed": config.seed + seed, "exit": exit} | summarise(of_seed, config))
+    return rows
+
+
+def unstack(tree: Any, seeds: int) -> Iterator[Any]:
+    """Cut the leading seed axis off every leaf; a run of one seed has none."""
+    if seeds == 1:
+        yield tree
+        return
+    for seed in range(seeds):
+        yield jax.tree.map(lambda leaf, seed=seed: leaf[seed], tree)
+
+
+def summarise(sums: Sums, config: Config) -> Row:
+    """One evaluation row out of totals. FLOPs are per example: useful ones end at each lane's own stop."""
+    examples, targets = sums.examples.sum(), sums.targets.sum()
+    useful, spent = compute.inference_flops(
+        config, lanes=float(sums.lanes), lane_steps=float(sums.lane_steps), targets=float(targets)
+    )
+    row = {
+        "examples": int(examples),
+        "targets": int(targets),
+        "accuracy": float(sums.right.sum() / examples),
+        "token_accuracy": float(sums.targets_right.sum() / targets),
+        "loss": float(sums.loss.sum() / targets),
+        "run_on_loss": float(sums.run_on_loss / targets),
+        "expected_loss": float(sums.expected_loss / targets),
+        "steps": float(sums.steps.sum() / targets),
+        "useful_flops": useful / float(examples),
+        "spent_flops": spent / float(examples),
+        "by_difficulty": [
+            {
+                "difficulty": int(d),
+                "examples": int(sums.examples[d]),
+                "accuracy": float(sums.right[d] / max(sums.examples[d], 1.0)),
+                "loss": float(sums.loss[d] / max(sums.targets[d], 1.0)),
+                "steps": float(sums.steps[d] / max(sums.targets[d], 1.0)),
+            }
+            for d in np.flatnonzero(sums.examples)
+        ],
+    }
+    if config.task.unit == "bits":
+        row["bits_per_byte"] = row["loss"] / float(np.log(2))
+    return row

@@ -1,0 +1,54 @@
+"""The optax chain of a run: clip, AdamW with masked decay, schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from ponder.config import Optim
+
+NOT_DECAYED = frozenset({"vocab"})  # embeddings: their rows are seen at very different rates
+
+
+def schedule(optim: Optim, total_steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then `optim.schedule` to `final_lr_fraction` of the peak, then constant."""
+    decay_steps = max(1, (optim.decay_steps or total_steps) - optim.warmup_steps)
+    final = optim.lr * optim.final_lr_fraction
+    match optim.schedule:
+        case "constant":
+            after = optax.constant_schedule(optim.lr)
+        case "cosine":
+            after = optax.cosine_decay_schedule(optim.lr, decay_steps, alpha=optim.final_lr_fraction)
+        case "linear":
+            after = optax.linear_schedule(optim.lr, final, decay_steps)
+    if optim.warmup_steps == 0:
+        return after
+    warmup = optax.linear_schedule(optim.lr / optim.warmup_steps, optim.lr, optim.warmup_steps - 1)
+    return optax.join_schedules([warmup, after], [optim.warmup_steps])
+
+
+def decay_mask(axes: Any) -> Any:
+    """True for matrices: leaves with two or more logical axes, stacking aside, none of which is the vocabulary."""
+
+    def decays(names: tuple[str | None, ...]) -> bool:
+        own = [name for name in names if name != "layers"]
+        return len(own) >= 2 and not NOT_DECAYED.intersection(own)
+
+    return jax.tree.map(decays, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def make_optimizer(optim: Optim, total_steps: int, axes: Any) -> optax.GradientTransformation:
+    """The whole chain. `axes` gives the logical axis names of each parameter (`ponder.models.layers.logical_axes`)."""
+    adamw = optax.adamw(
+        schedule(optim, total_steps),
+        b1=optim.b1,
+        b2=optim.b2,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        mask=decay_mask(axes),
+    )
+    if optim.clip_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw)
