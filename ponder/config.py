@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ponder.errors import UserError
 from ponder.models.config import ModelConfig
 from ponder.protocols import Rule
-from ponder.tasks.task import Task
+from ponder.tasks.task import SPLITS, Task
 
 
 @dataclass(frozen=True)
@@ -102,3 +103,63 @@ class Config:
 
 # What may differ when a workdir is resumed; everything else is refused with the difference.
 MAY_CHANGE = ("training.steps", "training.flops", "logging", "evaluation", "checkpoint", "mesh", "name")
+
+
+def validate(config: Config) -> None:
+    """Whether the values make sense together, as far as that shows without data, devices or jax. Raises UserError."""
+    model, optim, training = config.model, config.optim, config.training
+    checks = (
+        (model.steps >= 1, f"model.steps is {model.steps}: a model thinks at least 1 step"),
+        (training.steps >= 1, f"training.steps is {training.steps}: at least 1"),
+        (training.batch_size >= 1, f"training.batch_size is {training.batch_size}: at least 1"),
+        (training.flops is None or training.flops > 0, f"training.flops is {training.flops}: above 0, or None"),
+        (optim.accumulate >= 1, f"optim.accumulate is {optim.accumulate}: at least 1"),
+        (
+            optim.accumulate < 1 or training.batch_size % optim.accumulate == 0,
+            f"training.batch_size {training.batch_size} is not divisible by optim.accumulate {optim.accumulate}",
+        ),
+        (optim.lr > 0, f"optim.lr is {optim.lr}: above 0"),
+        (optim.warmup_steps >= 0, f"optim.warmup_steps is {optim.warmup_steps}: at least 0"),
+        (
+            optim.decay_steps is None or optim.decay_steps > optim.warmup_steps,
+            f"optim.decay_steps {optim.decay_steps} must exceed optim.warmup_steps {optim.warmup_steps}",
+        ),
+        (0 <= optim.final_lr_fraction <= 1, f"optim.final_lr_fraction is {optim.final_lr_fraction}: from 0 to 1"),
+        (optim.weight_decay >= 0, f"optim.weight_decay is {optim.weight_decay}: at least 0"),
+        (0 <= optim.b1 < 1, f"optim.b1 is {optim.b1}: at least 0 and below 1"),
+        (0 <= optim.b2 < 1, f"optim.b2 is {optim.b2}: at least 0 and below 1"),
+        (optim.eps > 0, f"optim.eps is {optim.eps}: above 0"),
+        (optim.clip_norm is None or optim.clip_norm > 0, f"optim.clip_norm is {optim.clip_norm}: above 0, or None"),
+        (
+            optim.ema_decay is None or 0 < optim.ema_decay < 1,
+            f"optim.ema_decay is {optim.ema_decay}: between 0 and 1, or None",
+        ),
+        (config.evaluation.batch_size >= 1, f"evaluation.batch_size is {config.evaluation.batch_size}: at least 1"),
+        (
+            config.evaluation.rows is None or config.evaluation.rows >= 1,
+            f"evaluation.rows is {config.evaluation.rows}: at least 1, or None for all",
+        ),
+        (config.checkpoint.keep_last >= 1, f"checkpoint.keep_last is {config.checkpoint.keep_last}: at least 1"),
+        (config.seed >= 0, f"seed is {config.seed}: at least 0"),
+        (config.seeds >= 1, f"seeds is {config.seeds}: at least 1"),
+        *(
+            (part.every_steps >= 1, f"{name}.every_steps is {part.every_steps}: at least 1")
+            for name, part in (
+                ("evaluation", config.evaluation),
+                ("checkpoint", config.checkpoint),
+                ("logging", config.logging),
+            )
+        ),
+    )
+    mesh = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    for right, message in (
+        *checks,
+        (all(size >= 1 or size == -1 for size in mesh), f"mesh is {mesh}: sizes are at least 1, or -1 for what is left"),
+        (mesh.count(-1) <= 1, f"mesh is {mesh}: only one axis may be -1"),
+        *(
+            (split in SPLITS, f"evaluation.splits names {split!r}: the splits are {', '.join(SPLITS)}")
+            for split in config.evaluation.splits
+        ),
+    ):
+        if not right:
+            raise UserError(message)
