@@ -78,9 +78,18 @@ class Trajectory(Protocol):
         """Prelude: the initial state, the input that every step is given, and the context."""
 
     def step(
-        self, state: State, x: jax.Array, k: jax.Array, context: Any, running: Bool[jax.Array, "*n"] | None, key: jax.Array
+        self,
+        state: State,
+        x: jax.Array,
+        k: int | jax.Array,
+        context: Any,
+        running: Bool[jax.Array, "*n"] | None,
+        key: jax.Array,
     ) -> tuple[State, Any]:
-        """One application of the core. Where `running` is given, lanes outside it show the keys of their last step."""
+        """One application of the core. Where `running` is given, lanes outside it show the keys of their last step.
+
+        `k` is a Python int where steps are written out, a traced int32 scalar where they are scanned over.
+        """
 
     def see(self, state: State, context: Any, needs: frozenset[str]) -> Seen:
         """Only what the rule needs."""

@@ -1,0 +1,144 @@
+"""The reference executor: every step runs on every lane, and a mask says whose result counts."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from ponder.errors import UserError
+from ponder.protocols import Carry, Halt, Ran, Rule, State, Trajectory
+
+Observe = Callable[[State, Any, Any, Halt], Any]
+
+_inside_a_step: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_a_step", default=False)
+
+
+class _Loop(NamedTuple):
+    state: State
+    context: Any
+    carry: Carry
+    running: Bool[jax.Array, "*n"]  # lanes that have not stopped; padding never runs
+    result: State  # see Ran.state
+    cost: Float[jax.Array, "*n"]
+    steps: Int[jax.Array, "*n"]
+
+
+def masked(
+    trajectory: Trajectory,
+    rule: Rule,
+    x: jax.Array,
+    state: State,
+    context: Any,
+    key: jax.Array,
+    *,
+    mask: Bool[jax.Array, "*n"],
+    freeze: bool,
+    observe: Observe | None = None,
+    steps: int | None = None,
+    unroll: bool = True,
+    remat: bool = False,
+) -> Ran:
+    """Run up to K steps of `trajectory` under `rule`. Differentiable in everything, the halting head included.
+
+    Args:
+      x, state, context: what `trajectory.begin` gave.
+      key: step k gets `fold_in(key, k)`, split between trajectory and rule.
+      mask: lanes that exist. Padding has steps, weight and cost 0 and keeps nothing alive.
+      freeze: True is the reference inference: a stopped lane's state does not move, the trajectory is told who is
+        `running` so that stopped lanes keep their keys, and the lane takes the remaining mass at its stop. False is the
+        training relaxation: stopped lanes run on, and a rule that mixes losses spreads its mass over all K steps.
+      observe: called as `observe(state, context, k, halt)` after each step, inside the (rematerialised) loop. What it
+        returns is stacked, so it should reduce to leaves `[*n]`; logits are too large to stack.
+      steps: K, by default `trajectory.steps`.
+      unroll: write the steps out in the program (k is a Python int) or scan over them (k is a traced int32 scalar).
+      remat: recompute each step in the backward pass instead of keeping its activations.
+
+    Returns:
+      Ran. `state` is sum_k weight_k state_k (accumulated in fp32) where the rule mixes states, else the state at the
+      stop. `steps` counts until the stop that the rule decides on, also when lanes run on.
+
+    Raises:
+      UserError: fewer than one step, or a rule that mixes losses inside another trajectory's step, whose loss would
+        need the joint expectation over both halting times.
+    """
+    steps = trajectory.steps if steps is None else steps
+    if steps < 1:
+        raise UserError(f"{steps} thinking steps: at least 1 is needed")
+    if rule.mixes == "losses" and _inside_a_step.get():
+        raise UserError(
+            f"{type(rule).__name__} inside another model's thinking step needs the joint expectation over both halting "
+            "times: use a rule that mixes states there"
+        )
+    lanes = mask.shape
+    mixing = rule.mixes == "states"
+
+    def body(loop: _Loop, k: int | jax.Array) -> tuple[_Loop, tuple[jax.Array, Any]]:
+        step_key, rule_key = jax.random.split(jax.random.fold_in(key, k))
+        running = loop.running
+        token = _inside_a_step.set(True)
+        try:
+            moved, context = trajectory.step(loop.state, x, k, loop.context, running if freeze else None, step_key)
+        finally:
+            _inside_a_step.reset(token)
+        state = _select(running, moved, loop.state) if freeze else moved
+        seen = trajectory.see(state, context, rule.needs)
+        each_k = jnp.full(lanes, k, jnp.int32)
+        last = each_k == steps
+        carry, halt = rule(loop.carry, seen, each_k, last, rule_key)
+        if freeze:  # a stop is final here, so it is the lane's last step: ask again for its remaining mass
+            _, halt = rule(loop.carry, seen, each_k, last | halt.stop, rule_key)
+        counts = running if freeze else mask
+        weight = jnp.where(counts, halt.weight, 0.0)
+        cost = jnp.where(counts, halt.cost, 0.0)
+        stop = halt.stop & running
+        halt = Halt(weight=weight, stop=stop, cost=cost)
+        if mixing:
+            result = jax.tree.map(
+                lambda total, leaf: total + _spread(weight, leaf) * leaf.astype(jnp.float32), loop.result, state
+            )
+        else:
+            result = _select(stop, state, loop.result)
+        observed = None if observe is None else observe(state, context, k, halt)
+        after = _Loop(
+            state, context, carry, running & ~stop, result, loop.cost + cost, loop.steps + running.astype(jnp.int32)
+        )
+        return after, (weight, observed)
+
+    loop = _Loop(
+        state=state,
+        context=context,
+        carry=rule.init(lanes, steps),
+        running=mask,
+        result=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state) if mixing else state,
+        cost=jnp.zeros(lanes, jnp.float32),
+        steps=jnp.zeros(lanes, jnp.int32),
+    )
+    if unroll:
+        outs = []
+        for k in range(1, steps + 1):
+            bound = functools.partial(body, k=k)
+            loop, out = (jax.checkpoint(bound) if remat else bound)(loop)
+            outs.append(out)
+        weight, observed = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)  # [K, *n]
+    else:
+        # The loop itself keeps the compiler from merging the two forward passes.
+        scanned = jax.checkpoint(body, prevent_cse=False) if remat else body
+        loop, (weight, observed) = jax.lax.scan(scanned, loop, jnp.arange(1, steps + 1, dtype=jnp.int32))
+    result = jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype), loop.result, state)
+    return Ran(result, observed, weight, loop.cost, loop.steps, loop.context)
+
+
+def _spread(lane: jax.Array, leaf: jax.Array) -> jax.Array:
+    """`lane` [*n] with axes of size one, to meet `leaf` [*n, ...]."""
+    return lane.reshape(lane.shape + (1,) * (leaf.ndim - lane.ndim))
+
+
+def _select(lanes: Bool[jax.Array, "*n"], then: State, otherwise: State) -> State:
+    """Leaf by leaf, `then` on the given lanes and `otherwise` on the others."""
+    return jax.tree.map(lambda a, b: jnp.where(_spread(lanes, a), a, b), then, otherwise)

@@ -1,0 +1,126 @@
+"""The loss of a model that thinks under a halting rule: answer and cost of thinking."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from ponder.data.batch import Batch
+from ponder.engine.masked import masked
+from ponder.objectives.language import correct, cross_entropy
+from ponder.protocols import Ran, Rule, Trajectory
+
+
+class Outcome(NamedTuple):
+    """What happened on each lane. Padding has steps, cost and p_halt 0; its losses mean nothing."""
+
+    task_loss: Float[jax.Array, "*n"]  # fp32 nats: expected over the halting step where the rule mixes losses
+    stop_loss: Float[jax.Array, "*n"]  # fp32 nats: of the answer read out at the stop, as at inference
+    cost: Float[jax.Array, "*n"]  # fp32, the rule's regulariser before `rule.cost_weight`
+    steps: Int[jax.Array, "*n"]  # int32, executed until the stop
+    correct: Bool[jax.Array, "*n"]  # of the answer read out at the stop
+    p_halt: Float[jax.Array, "K *n"]  # fp32
+
+
+def lane_mask(batch: Batch) -> Bool[jax.Array, "*n"]:
+    """Lanes that are not padding: tokens in a segment, or examples that have one."""
+    real = batch.segments > 0  # [B, T]
+    return real if batch.targets.ndim == batch.segments.ndim else real.any(axis=-1)
+
+
+def mean_over(values: Float[jax.Array, "*n"], weights: jax.Array) -> Float[jax.Array, ""]:
+    """Weighted mean of all lanes; 0 where no lane has weight."""
+    weights = weights.astype(jnp.float32)
+    total = weights.sum()
+    return (weights * values).sum() / jnp.where(total > 0.0, total, 1.0)
+
+
+def ponder_loss(
+    trajectory: Trajectory,
+    rule: Rule,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    freeze: bool,
+    steps: int | None = None,
+    unroll: bool = True,
+    remat: bool = False,
+) -> tuple[Float[jax.Array, ""], Outcome]:
+    """Task loss and cost of thinking. Differentiate with respect to the trajectory's parameters.
+
+    loss = mean of task_loss over target lanes (by `batch.weights`) + rule.cost_weight * mean of cost over all lanes
+    that are not padding. Prompt tokens have no target but think too, so they pay. Both are means over lanes, so neither
+    term's scale depends on the length or on the amount of padding.
+
+    Where the rule mixes losses (PonderNet eq. 3), each lane's cross entropy at step k is weighted by that lane's own
+    p_halt[k], and only then reduced: a loss averaged first would tell no lane when to stop. Otherwise the final state
+    (ACT: the mixed one) is read out once.
+
+    Args:
+      freeze, steps, unroll, remat: as in `ponder.engine.masked.masked`.
+    """
+    if rule.mixes != "losses":
+        ran = _run(trajectory, rule, batch, key, freeze=freeze, steps=steps, unroll=unroll, remat=remat)
+        outcome = _read_out(trajectory, ran, batch)
+    else:
+
+        def observe(state, context, k, halt):
+            logits = trajectory.logits(trajectory.finish(state, context))
+            return cross_entropy(logits, batch.targets), correct(logits, batch.targets)
+
+        ran = _run(
+            trajectory, rule, batch, key, freeze=freeze, steps=steps, unroll=unroll, remat=remat, observe=observe
+        )
+        losses, right = ran.observed  # [K, *n]
+        stop = (jnp.maximum(ran.steps, 1) - 1)[None]  # [1, *n]
+        outcome = Outcome(
+            task_loss=(ran.weight * losses).sum(axis=0),
+            stop_loss=jnp.take_along_axis(losses, stop, axis=0)[0],
+            cost=ran.cost,
+            steps=ran.steps,
+            correct=jnp.take_along_axis(right, stop, axis=0)[0],
+            p_halt=ran.weight,
+        )
+    loss = mean_over(outcome.task_loss, batch.weights) + rule.cost_weight * mean_over(outcome.cost, lane_mask(batch))
+    return loss, outcome
+
+
+def predict(
+    trajectory: Trajectory,
+    rule: Rule,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    steps: int | None = None,
+    unroll: bool = True,
+) -> Outcome:
+    """Inference by the reference executor: lanes stop by `rule`'s exit, stay frozen, and are read out once.
+
+    `task_loss` and `stop_loss` are both the cross entropy of that one answer. Their distance to `ponder_loss(...,
+    freeze=False)` is what the run-on relaxation hides: against its `stop_loss` the same exit is compared.
+    """
+    ran = _run(trajectory, rule, batch, key, freeze=True, steps=steps, unroll=unroll, remat=False)
+    return _read_out(trajectory, ran, batch)
+
+
+def _run(trajectory: Trajectory, rule: Rule, batch: Batch, key: jax.Array, *, observe=None, **options) -> Ran:
+    begin_key, think_key = jax.random.split(key)
+    context = trajectory.context(batch.segments, batch.positions)
+    state, x, context = trajectory.begin(trajectory.embed(batch.inputs), context, begin_key)
+    return masked(trajectory, rule, x, state, context, think_key, mask=lane_mask(batch), observe=observe, **options)
+
+
+def _read_out(trajectory: Trajectory, ran: Ran, batch: Batch) -> Outcome:
+    logits = trajectory.logits(trajectory.finish(ran.state, ran.context))
+    loss = cross_entropy(logits, batch.targets)
+    return Outcome(
+        task_loss=loss,
+        stop_loss=loss,
+        cost=ran.cost,
+        steps=ran.steps,
+        correct=correct(logits, batch.targets),
+        p_halt=ran.weight,
+    )
