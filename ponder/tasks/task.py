@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 SPLITS = ("train", "validation", "calibration", "test", "extrapolation")
+FRACTIONS = {"train": 0.8, "validation": 0.05, "calibration": 0.05, "test": 0.1}
+"""Share of all questions that each split owns, where a task has no published split."""
 
 
 class Rows(NamedTuple):
@@ -25,6 +28,10 @@ class Rows(NamedTuple):
     difficulty: np.ndarray  # like targets, int: label in 0 .. difficulties - 1
     segments: np.ndarray  # [R, T] int: 1, 2, ... by packed example, 0 on padding
     positions: np.ndarray  # [R, T] int: within the segment
+
+
+BLOCK = 1024
+"""Rows in the blocks that tasks yield, and so in one record of a prepared cache (see `ponder.tasks.builder`)."""
 
 
 class Shape(NamedTuple):
@@ -44,6 +51,10 @@ class Task:
     """What the label counts, for tables and axes ("digits", "set bits")."""
     unit: ClassVar[Literal["accuracy", "bits"]] = "accuracy"
     """The headline metric: exact match of the whole answer, or bits per byte."""
+    stream: ClassVar[bool] = False
+    """Rows are consecutive pieces of one text, so a training row may start anywhere in it (see `data.feed.Feed`)."""
+    licence: ClassVar[str] = "generated, no rights reserved"
+    citation: ClassVar[str] = ""
 
     @property
     def shape(self) -> Shape:
@@ -58,6 +69,10 @@ class Task:
     def splits(self) -> tuple[str, ...]:
         """Names out of SPLITS that this task has; `extrapolation` is harder than anything in `train`."""
         return SPLITS
+
+    def sources(self) -> tuple[Path, ...]:
+        """Files that the rows are read from; their contents are in the fingerprint. UserError where one is absent."""
+        return ()
 
     def rows(self, split: str) -> Iterator[Rows]:
         """Blocks of encoded rows in a deterministic order. Raises UserError on missing or damaged source files."""
@@ -74,6 +89,26 @@ class Task:
     def decode(self, ids: list[int]) -> str:
         """Ids to text."""
         raise NotImplementedError
+
+
+def whole_rows(inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray, difficulty: np.ndarray) -> Rows:
+    """Rows of one unpadded example each: inputs [R, T], targets and weights [R, T] or [R], difficulty [R]."""
+    count, length = inputs.shape
+    label = difficulty.reshape(count, *[1] * (targets.ndim - 1))
+    return Rows(
+        inputs,
+        targets,
+        weights,
+        np.broadcast_to(label, targets.shape),
+        np.ones((count, length), np.int16),
+        np.broadcast_to(np.arange(length, dtype=np.int16), (count, length)),
+    )
+
+
+def blocks(rows: Rows) -> Iterator[Rows]:
+    """The rows, cut into blocks."""
+    for start in range(0, len(rows.inputs), BLOCK):
+        yield Rows(*(array[start : start + BLOCK] for array in rows))
 
 
 def bucket(canonical: bytes, salt: str = "ponder") -> float:
