@@ -135,27 +135,26 @@ def describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe(choice) for choice in inner)
     if origin is tuple:
-        item = describe(inner[0]) if inner else "values"
-        return f"a list of {item}" if inner[-1:] == (Ellipsis,) else f"{len(inner)} values"
+        items = (describe(inner[0]), "...") if inner[-1:] == (Ellipsis,) else map(describe, inner)
+        return f"a list ({', '.join(items)})"
     if hint is type(None):
         return "None"
-    return {int: "a whole number", float: "a number", bool: "True or False", str: "text"}.get(hint) or (
-        getattr(hint, "__name__", str(hint))
-    )
+    words: dict[Any, str] = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+    return words.get(hint) or str(getattr(hint, "__name__", hint))
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """`; nearest: a, b`, or all names where none is near."""
+    """`; nearest: a, b`, or all names where none is near and they are few."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    last = name.rpartition(".")[2]
-    near += [other for other in known if other.rpartition(".")[2] == last and other not in near]
-    words = ("nearest", near) if near else ("known", known)
-    return f"; {words[0]}: " + ", ".join(prefix + other for other in words[1]) if known else ""
+    near = difflib.get_close_matches(name, known, n=3)
+    near += [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2] and other not in near]
+    if not near and len(known) > 12:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+    return f"; {'nearest' if near else 'known'}: {', '.join(prefix + other for other in near or known)}"
 
 
 def _tag(cls: type) -> str:
-    """`module:Class`. A class from an experiment file has the file for its module, relative to the project if inside."""
+    """`module:Class`. A class from an experiment file has that file for its module, as seen from the project."""
     module = cls.__module__
     if module.endswith(".py") and Path(module).is_relative_to(_PACKAGE.parent):
         module = Path(module).relative_to(_PACKAGE.parent).as_posix()
@@ -171,7 +170,7 @@ def _untag(tag: str, where: str) -> type:
             module = sys.modules.get(str(file.resolve())) or load_file(file)
         else:
             module = importlib.import_module(module_name)
-        return functools.reduce(getattr, name.split("."), module)  # type: ignore[return-value, arg-type]
+        return functools.reduce(getattr, name.split("."), module)  # type: ignore[return-value]
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{where}.type is {tag!r}, which is not to be found here") from error
 
@@ -262,7 +261,9 @@ def check_same(workdir: epath.PathLike, config: Config) -> None:
     stored = read_config(workdir)
     changes = difference(_with_decay(stored), _with_decay(continued(stored, config)))
     if changes:
-        raise UserError(f"workdir {workdir} holds another run ({'; '.join(changes)}): take its settings, or another workdir")
+        raise UserError(
+            f"workdir {workdir} holds another run ({'; '.join(changes)}): keep its settings or name another"
+        )
 
 
 def continued(stored: Config, new: Config) -> Config:
