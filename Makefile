@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m
 # Names the interpreter, so that asking for another one makes the environment again.
-STAMP = $(VENV)/installed-$(notdir $(PYTHON))
+STAMP = $(VENV)/installed-$(subst /,-,$(PYTHON))
 
 ifneq ($(wildcard ../shared/data),)
 export PONDER_DATA ?= $(abspath ../shared/data)

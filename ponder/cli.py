@@ -28,9 +28,9 @@ from typing import Any, Literal
 
 import tyro
 
-from ponder import memory, records
+from ponder import memory, records, serialization
 from ponder.config import Config, validate
-from ponder.errors import UserError
+from ponder.errors import DivergedError, UserError
 
 Takes = Literal["config", "experiment", "options"]
 Overrides = Mapping[str, Sequence[str]]  # dotted field: the words given for it
@@ -62,7 +62,7 @@ class Experiment:
             if arguments:
                 raise UserError(f"{path} is one configuration and takes no {arguments!r}: override --config.* instead")
             return Experiment(path, None, records.read_file(path), {}, overrides)
-        module = records.load_file(Path(path))
+        module = serialization.load_file(Path(path))
         if not callable(getattr(module, "get_config", None)):
             raise UserError(f"{path} has no get_config: it is not an experiment")
         experiment = Experiment(path, module, None, {}, overrides)
@@ -89,7 +89,7 @@ class Experiment:
             self._check_names(keywords)
             arm = keywords.get("arm")
             if arm is not None and self.arms and arm not in self.arms:
-                raise UserError(f"{self.source} has no arm {arm!r}{records.nearest(arm, self.arms)}")
+                raise UserError(f"{self.source} has no arm {arm!r}{serialization.nearest(arm, self.arms)}")
             config = self.module.get_config(**keywords)  # type: ignore[union-attr]
             if not isinstance(config, Config):
                 raise UserError(f"{self.source}: get_config gives a {type(config).__name__}, not a Config")
@@ -115,7 +115,7 @@ class Experiment:
     def _check_names(self, keywords: Iterable[str]) -> None:
         for name in keywords:
             if name not in self.signature:
-                raise UserError(f"{self.source} takes no {name!r}{records.nearest(name, self.signature)}")
+                raise UserError(f"{self.source} takes no {name!r}{serialization.nearest(name, self.signature)}")
 
     def _keywords(self, arguments: str) -> dict[str, Any]:
         keywords: dict[str, Any] = {}
@@ -125,7 +125,7 @@ class Experiment:
             self._check_names([name])
             hint = types_.get(name, str)
             if not equals and hint is not bool:
-                raise UserError(f"{self.source}:{name} needs a value: {name}=..., {records.describe(hint)}")
+                raise UserError(f"{self.source}:{name} needs a value: {name}=..., {serialization.describe(hint)}")
             keywords[name] = _parse(hint, [value] if equals else ["True"], f"{self.source}:{name}")
         return keywords
 
@@ -148,7 +148,7 @@ def main(
         takes: what the body wants besides its options.
         module: name for the usage line, by default that of the running main.
 
-    Exit code 2 and one line on stderr for a UserError, 130 for an interrupt from the keyboard.
+    One line on stderr and exit code 2 for a UserError, 1 for a run that diverged, 130 for an interrupt by keyboard.
     """
     words = sys.argv[1:]
     asks_help = "--help" in words or "-h" in words
@@ -163,6 +163,9 @@ def main(
     except UserError as error:
         print(f"ponder: {error}", file=sys.stderr)
         code = 2
+    except DivergedError as error:
+        print(f"ponder: {error}", file=sys.stderr)
+        code = 1
     except BrokenPipeError:  # `--help | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
@@ -174,7 +177,7 @@ def main(
 
 def parse(words: Sequence[str], options: type, takes: Takes = "config") -> tuple[Any, ...]:
     """The arguments of a main's body. Raises UserError."""
-    given, loose = _read(words, records.hints(options))
+    given, loose = _read(words, serialization.hints(options))
     if takes == "options":
         return (_options(options, given, loose, also=()),)
     own = {name: words for name, words in given.items() if name.partition(".")[0] != "config"}
@@ -217,7 +220,7 @@ def _experiment(given: Mapping[str, list[str]]) -> Experiment | None:
 
 def _options(options: type, given: Mapping[str, list[str]], loose: list[str], also: tuple[str, ...]) -> Any:
     """A main's own options. `also` names what else it knows. Raises UserError."""
-    hints = records.hints(options)
+    hints = serialization.hints(options)
     positional = [name for name, hint in hints.items() if _is_positional(hint)]
     spelled = {name: name if name in positional else "--" + name.replace("_", "-") for name in hints}
     known = {name: hint for name, hint in hints.items() if name not in positional} | dict.fromkeys(also)
@@ -251,7 +254,7 @@ def _is_list(hint: Any) -> bool:
 def fields(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted names of all fields below a dataclass instance, with their types; subclasses as the instance has them."""
     found: dict[str, Any] = {}
-    for name, hint in records.hints(type(config)).items():
+    for name, hint in serialization.hints(type(config)).items():
         value = getattr(config, name)
         found |= fields(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {prefix + name: hint}
     return found
@@ -269,7 +272,7 @@ def _field(name: str, words: list[str], known: Mapping[str, Any], prefix: str) -
         raise UserError(
             f"{prefix}{name} is a group; set a field of it: {', '.join(prefix + other for other in inside)}"
         )
-    raise UserError(f"unknown {prefix}{name}{records.nearest(name, known, prefix)}")
+    raise UserError(f"unknown {prefix}{name}{serialization.nearest(name, known, prefix)}")
 
 
 def _replaced(config: Config, name: str, words: Sequence[str]) -> Config:
@@ -299,7 +302,7 @@ def _parse(hint: Any, words: Sequence[str], where: str) -> Any:
         with contextlib.redirect_stderr(io.StringIO()):  # its own message takes several lines
             return tyro.cli(flags[leaf], args=words, console_outputs=False).value
     except SystemExit:
-        raise UserError(f"{where} is {' '.join(words)!r}, expected {records.describe(hint)}") from None
+        raise UserError(f"{where} is {' '.join(words)!r}, expected {serialization.describe(hint)}") from None
 
 
 # --- help -------------------------------------------------------------------------------------------------------------
@@ -308,7 +311,7 @@ def _parse(hint: Any, words: Sequence[str], where: str) -> Any:
 def _show_help(words: Sequence[str], options: type, doc: str | None, takes: Takes, module: str | None) -> None:
     """All options with types, defaults and help; the configuration's too where --config is given."""
     asked = [word for word in words if word not in ("--help", "-h")]
-    experiment = _experiment(_read(asked, records.hints(options))[0]) if takes != "options" else None
+    experiment = _experiment(_read(asked, serialization.hints(options))[0]) if takes != "options" else None
     text = [inspect.cleandoc(doc or "")]
     extra: list[Any] = []
     if takes != "options":

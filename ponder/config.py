@@ -154,7 +154,10 @@ def validate(config: Config) -> None:
     mesh = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     for right, message in (
         *checks,
-        (all(size >= 1 or size == -1 for size in mesh), f"mesh is {mesh}: sizes are at least 1, or -1 for what is left"),
+        (
+            all(size >= 1 or size == -1 for size in mesh),
+            f"mesh is {mesh}: sizes are at least 1, or -1 for what is left",
+        ),
         (mesh.count(-1) <= 1, f"mesh is {mesh}: only one axis may be -1"),
         *(
             (split in SPLITS, f"evaluation.splits names {split!r}: the splits are {', '.join(SPLITS)}")
