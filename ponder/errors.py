@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     A library call raises it. The mains print the line and exit with code 2.
     """
+
+
+class DivergedError(FloatingPointError):
+    """Loss or gradient is NaN or infinite. The message names the step, and the last good checkpoint."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ponder import compute
 from ponder.config import Config
+from ponder.data import feed
 from ponder.data.batch import Batch
 from ponder.objectives.ponder import lane_mask, ponder_loss, predict
+from ponder.step import TrainState, evaluated
+
+if TYPE_CHECKING:
+    from ponder.program import Program
 
 Row = dict[str, Any]
 
@@ -41,14 +46,16 @@ class Lanes(NamedTuple):
     correct: Bool[Array, "*n"]
 
 
-def make_evaluate_step(
-    graphdef: Any, config: Config
-) -> Callable[[Any, Batch, jax.Array], dict[str, tuple[Sums, Lanes]]]:
-    """`(params, batch, key) -> {exit: (Sums, Lanes)}`, one program for all exits of the rule."""
+Answers = dict[str, tuple[Sums, Lanes]]
+
+
+def make_evaluate_step(graphdef: Any, config: Config) -> Callable[[Any, Batch, jax.Array, Any], Answers]:
+    """`(params, batch, key, i) -> {exit: (Sums, Lanes)}`, one program for all exits. Batch i draws from `fold_in(key, i)`."""
     difficulties = config.task.difficulties
     by_target = config.task.unit == "bits"
 
-    def evaluate_step(params: Any, batch: Batch, key: jax.Array) -> dict[str, tuple[Sums, Lanes]]:
+    def evaluate_step(params: Any, batch: Batch, key: jax.Array, i: Any) -> Answers:
+        key = jax.random.fold_in(key, i)
         model = nnx.merge(graphdef, params)
         mask = lane_mask(batch).astype(jnp.float32)
         answers = {}
@@ -112,24 +119,67 @@ def exact_matches(batch: Batch, correct: Bool[Array, "*n"], difficulties: int) -
     return examples, jax.ops.segment_sum(right.astype(jnp.float32), label, difficulties)
 
 
-def evaluate(
-    evaluate_step: Callable[[Any, Batch, jax.Array], dict[str, tuple[Sums, Lanes]]],
-    params: Any,
-    batches: Iterable[Batch],
-    key: jax.Array,
-    config: Config,
-) -> list[Row]:
-    """Evaluation rows, one for each exit and seed (see `summarise`). Batch i draws from `fold_in(key, i)`."""
-    totals: dict[str, Any] = {}
-    for i, batch in enumerate(batches):
-        for exit, (sums, _) in evaluate_step(params, batch, jax.random.fold_in(key, i)).items():
-            sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
-            totals[exit] = jax.tree.map(np.add, totals[exit], sums) if exit in totals else sums
-    rows = []
-    for exit, sums in totals.items():
-        for seed, of_seed in enumerate(unstack(sums, config.seeds)):
-            rows.append({"seed": config.seed + seed, "exit": exit} | summarise(of_seed, config))
-    return rows
+class HeldOut:
+    """The splits of a task that are not trained on, read when they are first asked for."""
+
+    def __init__(self, run: Program, cache_dir: str | None, process_index: int = 0, process_count: int = 1):
+        self._run, self._cache_dir = run, cache_dir
+        self._place = process_index, process_count
+
+    def _batches(self, split: str, limit: int | None) -> Iterator[Batch]:
+        config = self._run.config
+        rows = feed.rows(config.task, split, self._cache_dir)
+        for batch in feed.evaluation_batches(rows, config.evaluation.batch_size, limit, *self._place):
+            yield self._run.put(batch, seeds=False)
+
+    def evaluate(self, split: str, state: TrainState, step: int, limit: int | None) -> list[Row]:
+        """Evaluation rows of metrics.jsonl, one for each exit and seed. `limit`: this many rows, None for all."""
+        config, params = self._run.config, evaluated(state)
+        totals: dict[str, Sums] = {}
+        for i, batch in enumerate(self._batches(split, limit)):
+            for exit, (sums, _) in self._run.evaluate_step(params, batch, i).items():
+                sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
+                totals[exit] = jax.tree.map(np.add, totals[exit], sums) if exit in totals else sums
+        return [
+            {"kind": "evaluation", "step": step, "seed": config.seed + i, "split": split, "exit": exit}
+            | summarise(of_seed, config)
+            for exit in config.rule.exits  # the default first: jit gives a dict back in alphabetical order
+            for i, of_seed in enumerate(unstack(totals[exit], config.seeds))
+        ]
+
+    def traces(self, split: str, state: TrainState, rows: int) -> list[Row]:
+        """What the first `rows` rows of a split thought, by the rule's default exit (and the first seed)."""
+        config = self._run.config
+        batch = next(self._batches(split, config.evaluation.batch_size))
+        answers = self._run.evaluate_step(evaluated(state), batch, 0)
+        steps, correct = next(unstack(answers[config.rule.exits[0]][1], config.seeds))
+        batch, steps, correct = jax.tree.map(np.asarray, (batch, steps, correct))
+        found = []
+        for row in range(min(rows, len(batch.segments))):
+            real = batch.segments[row] > 0
+            if not real.any():
+                continue
+            inputs = batch.inputs[row][real].tolist()
+            of_lanes = lambda values, row=row, real=real: (
+                values[row][real].tolist() if values.ndim == 2 else [values[row].item()]
+            )
+            found.append(
+                {
+                    "split": split,
+                    "tokens": [config.task.decode([i]) for i in inputs] if config.task.shape.vocabulary else inputs,
+                    "steps": of_lanes(steps),
+                    "correct": of_lanes(correct),
+                    "target": of_lanes(batch.weights > 0),
+                    "difficulty": of_lanes(batch.difficulty),
+                }
+            )
+        return found
+
+
+def score(rows: list[Row]) -> float:
+    """What keep-best goes by: exact match, or minus the bits per byte; default exit, mean over seeds."""
+    first = [row for row in rows if row["exit"] == rows[0]["exit"]]
+    return float(np.mean([-row["bits_per_byte"] if "bits_per_byte" in row else row["accuracy"] for row in first]))
 
 
 def unstack(tree: Any, seeds: int) -> Iterator[Any]:

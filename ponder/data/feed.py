@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 
+from ponder.config import Config
 from ponder.data.batch import Batch
 from ponder.errors import UserError
-from ponder.tasks.task import Rows
+from ponder.tasks import builder
+from ponder.tasks.task import Rows, Task
 
 
 class Feed:
@@ -135,3 +138,21 @@ def crop(rows: Rows, offsets: np.ndarray) -> Batch:
 def _batch(rows: Rows) -> Batch:
     arrays = (array.astype(np.float32 if name == "weights" else np.int32) for name, array in rows._asdict().items())
     return Batch(*arrays)
+
+
+def training(
+    config: Config, cache_dir: str | None, process_index: int = 0, process_count: int = 1
+) -> Feed | StackedFeed:
+    """The training batches of a run: one feed, or one a seed side by side."""
+    data = rows(config.task, "train", cache_dir)
+    size, stream = config.training.batch_size, config.task.stream
+    if config.seeds == 1:
+        return Feed(data, size, config.seed, process_index, process_count, stream=stream)
+    seeds = range(config.seed, config.seed + config.seeds)
+    return StackedFeed(data, size, seeds, process_index, process_count, stream=stream)
+
+
+@functools.lru_cache(maxsize=8)
+def rows(task: Task, split: str, cache_dir: str | None) -> Rows:
+    """`ponder.tasks.builder.load`, remembered: evaluation during training asks again and again."""
+    return builder.load(task, split, cache_dir)

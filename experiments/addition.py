@@ -1,0 +1,40 @@
+"""Addition of two numbers of up to three digits, answer reversed: when does a looped transformer stop thinking?
+
+Run:    python -m ponder.train  --config=experiments/addition.py --workdir=runs/addition
+Table:  python -m ponder.ablate --config=experiments/addition.py --output=experiments/results/addition
+Quick:  python -m ponder.train  --config=experiments/addition.py:smoke --workdir=runs/addition_smoke
+"""
+
+import dataclasses
+
+from ponder.config import Checkpointing, Config, Evaluation, Logging, Optim, Training
+from ponder.errors import UserError
+from ponder.halting.act import Act
+from ponder.halting.fixed import Fixed
+from ponder.halting.pondernet import PonderNet
+from ponder.models.config import Transformer
+from ponder.tasks.addition import Addition
+
+ARMS = ("fixed4", "act", "pondernet", "fixed1", "fixed2", "fixed3")
+SEEDS = 5
+STEPS = 4
+
+
+def get_config(arm: str = "pondernet", seed: int = 0, smoke: bool = False) -> Config:
+    """`arm`: fixedK (K steps always), act or pondernet (up to 4 steps)."""
+    rule = {"act": Act(tau=0.005), "pondernet": PonderNet(prior=0.4, beta=0.01)}.get(arm, Fixed())
+    depth = int(arm.removeprefix("fixed")) if arm.startswith("fixed") else STEPS
+    return Config(
+        name=f"addition-{arm}",
+        task=Addition(digits=2 if smoke else 3, train_rows=20_000 if smoke else 200_000),
+        model=Transformer(
+            steps=depth, d_model=64, heads=4, prelude_layers=1, core_layers=1, halting_head=arm in ("act", "pondernet")
+        ),
+        rule=rule,
+        optim=Optim(lr=2e-3, warmup_steps=50, b2=0.98, weight_decay=0.01),
+        training=Training(batch_size=128, steps=60 if smoke else 1200),
+        evaluation=Evaluation(every_steps=30 if smoke else 200, rows=1024, batch_size=512),
+        checkpoint=Checkpointing(every_steps=30 if smoke else 200),
+        logging=Logging(every_steps=10 if smoke else 50),
+        seed=seed,
+    )

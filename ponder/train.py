@@ -1,0 +1,188 @@
+"""One run: learn a task with a model that thinks under a halting rule.
+
+    python -m ponder.train --config=experiments/addition.py --workdir=runs/addition
+
+The order is: configuration -> mesh -> data -> sharded state -> restore, if the workdir has a checkpoint -> loop of
+steps, logging, evaluation and saving -> final evaluation. The same command after a kill goes on where the run was.
+
+As a library: `ponder.train(config, workdir)` and `ponder.load(workdir)`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from etils import epath, epy
+
+from ponder import cli, compute, records
+from ponder.config import Config, Mesh, validate
+
+with epy.lazy_imports():  # `--help` needs none of these
+    import jax
+
+    from ponder import checkpoint, evaluation, lock, metrics, preemption, program, runlog, sharding
+    from ponder.data import feed
+    from ponder import step as steps
+
+if TYPE_CHECKING:
+    from ponder.step import TrainState
+
+TRACES = 8  # rows of validation whose thinking is written down
+
+
+@dataclass(frozen=True)
+class Options:
+    workdir: str
+    """Folder of the run, local or gs://. It holds all that the run writes and all that loading needs."""
+    data_dir: str | None = None
+    """Folder of real data. Default: $PONDER_DATA."""
+    cache_dir: str | None = None
+    """Folder of prepared data. Default: $PONDER_CACHE, or ~/.cache/ponder."""
+
+
+class Result(NamedTuple):
+    """What a run gives back."""
+
+    results: list[dict[str, Any]]  # as results.json, one entry a seed: configuration, cost, final evaluations
+    model: Any  # the trained trajectory, of the first seed where there are several
+    workdir: str
+    finished: bool  # False where SIGTERM ended the run early; the same call goes on
+
+
+def train(
+    config: Config,
+    workdir: epath.PathLike | None = None,
+    *,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+    callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
+) -> Result:
+    """Run the training that `config` describes, or go on with it.
+
+    Args:
+      config: the run. A workdir that holds another one is refused.
+      workdir: folder of the run. None: a new temporary folder.
+      data_dir, cache_dir: as in `Options`.
+      callbacks: each is called with every row of metrics.jsonl as it is written.
+
+    Raises:
+      UserError: bad configuration, data or workdir, in one line.
+      DivergedError: loss or gradient is not finite; names the step and the last good checkpoint.
+    """
+    sharding.initialize_distributed()
+    validate(config)
+    if data_dir is not None:
+        os.environ["PONDER_DATA"] = data_dir
+    folder = records.prepare(workdir if workdir is not None else tempfile.mkdtemp(prefix="ponder-"))
+    config = compute.resolve(config)
+    mesh = sharding.make_mesh(config.mesh)
+    with lock.locked(folder), preemption.Preemption() as leaving, jax.set_mesh(mesh):
+        config = records.begin(folder, config, sys.argv)
+        run = program.compile_program(config, mesh)
+        batches = feed.training(config, cache_dir, *sharding.process_share(mesh))
+        held_out = evaluation.HeldOut(run, cache_dir, *sharding.process_share(mesh))
+        with checkpoint.Checkpoints(folder, config.checkpoint.keep_last, config.checkpoint.keep_best) as saves:
+            restored = saves.restore(run.abstract)
+            if restored is None:
+                state, first, seconds = run.initial_state(), 0, 0.0
+            else:
+                state, first, seconds = restored.state, restored.step, restored.feed_state["train_seconds"]
+                batches.set_state(restored.feed_state)
+            meter = metrics.Meter(config, seconds)
+            with runlog.RunLog(folder, run, first, callbacks) as log:
+                for step in range(first + 1, config.training.steps + 1):
+                    state, measured = run.train_step(state, run.put(next(batches)))
+                    meter.add(step, measured)
+                    log.advance(step)
+                    leave = leaving.reached(step)
+                    last = leave or step == config.training.steps
+                    if last or step % config.logging.every_steps == 0:
+                        log.write(meter.rows(run.learning_rate(step - 1), saves.latest))
+                    score = None
+                    if step == config.training.steps or step % config.evaluation.every_steps == 0:
+                        with meter.paused():
+                            rows = held_out.evaluate("validation", state, step, config.evaluation.rows)
+                        log.write(rows)
+                        score = evaluation.score(rows)
+                    if last or step % config.checkpoint.every_steps == 0:
+                        meter.check(saves.latest)
+                        with meter.paused():
+                            saves.save(step, state, batches.get_state() | {"train_seconds": meter.seconds}, score=score)
+                    if leave:
+                        break
+                saves.wait()
+                finished = saves.latest == config.training.steps
+                results = finish(run, state, held_out, meter.seconds, log, folder) if finished else []
+    return Result(results, run.model(steps.evaluated(state)), str(folder), finished)
+
+
+def finish(
+    run: program.Program,
+    state: TrainState,
+    held_out: evaluation.HeldOut,
+    seconds: float,
+    log: runlog.RunLog,
+    folder: epath.Path,
+) -> list[dict[str, Any]]:
+    """Evaluate whole splits, write results.json and traces.jsonl, and show the table."""
+    config = run.config
+    rows = []
+    for split in config.evaluation.splits:
+        if split in config.task.splits:
+            rows += held_out.evaluate(split, state, config.training.steps, None)
+    log.write(rows)
+    results = [
+        {
+            "seed": config.seed + i,
+            "config": records.to_json(config),
+            "commit": records.commit(),
+            "hardware": records.hardware(),
+            "versions": records.versions(),
+            "parameters": run.parameters,
+            "training_steps": config.training.steps,
+            "training_flops": config.training.steps * compute.training_flops_per_step(config),
+            "train_seconds": seconds,
+            "evaluations": [row for row in rows if row["seed"] == config.seed + i],
+        }
+        for i in range(config.seeds)
+    ]
+    if jax.process_index() == 0:
+        records.write_whole(folder / "results.json", json.dumps(results, indent=1))
+        traces = held_out.traces("validation", state, TRACES)
+        records.write_whole(folder / "traces.jsonl", "".join(json.dumps(row) + "\n" for row in traces))
+    log.finish(results)
+    return results
+
+
+def load(workdir: epath.PathLike, which: Literal["best", "last"] = "last") -> Any:
+    """A trained trajectory from its workdir alone. Raises UserError where there is none, or it is damaged."""
+    config = records.read_config(workdir)
+    run = program.compile_program(config, sharding.make_mesh(Mesh(data=1)))
+    return run.model(checkpoint.load_params(workdir, run.abstract.params, which))
+
+
+def body(config: Config, options: Options) -> int:
+    result = train(config, options.workdir, data_dir=options.data_dir, cache_dir=options.cache_dir)
+    if not result.finished:
+        print(f"stopped by SIGTERM and saved; the same command goes on: workdir {result.workdir}")
+    return 0
+
+
+class _Callable(types.ModuleType):
+    """`ponder.train` is this module; calling it trains."""
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Result:
+        return train(*arguments, **keywords)
+
+
+sys.modules[__name__].__class__ = _Callable
+
+if __name__ == "__main__":
+    cli.main(body, options=Options, doc=__doc__)
