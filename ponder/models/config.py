@@ -41,7 +41,7 @@ class Transformer(ModelConfig):
     inject: bool = True
     """Give the prelude's output to every step (a learned mix of state and input)."""
     kv: Kv = "depth"
-    """Keys that a token shows: `depth`, those of step min(j, its own last); `first`, those of the prelude, one plane."""
+    """Keys a token shows: `depth`, those of step min(j, its own last); `first`, those of the prelude: one plane."""
     causal: bool = True
     tied_embeddings: bool = False
     rope_theta: float = 10_000.0

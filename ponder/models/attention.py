@@ -1,0 +1,116 @@
+"""One attention, four backends. All compute in the dtype of the operands with an fp32 softmax.
+
+| backend  | runs on        | what it is                                                            |
+|----------|----------------|-----------------------------------------------------------------------|
+| `xla`    | everything     | the reference: two heads-first einsums, all T x S scores              |
+| `jax`    | everything     | `jax.nn.dot_product_attention`, XLA implementation                    |
+| `cudnn`  | NVIDIA, bf16   | `jax.nn.dot_product_attention`, cuDNN fused kernel                    |
+| `pallas` | TPU, NVIDIA    | splash attention (TPU) or `pallas.ops.gpu.attention.mha` of jax       |
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ponder.errors import UserError
+from ponder.models.config import Backend
+
+# Finite, so that a row without any key gives a uniform distribution (then zeroed), not NaN.
+HIDDEN = -1e30
+
+
+def visible(segments: Int[Array, "B T"], causal: bool) -> Bool[Array, "B T S"]:
+    """Which key (last axis) each query sees: same segment, not padding, and not later where `causal`."""
+    same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None]
+    if not causal:
+        return same
+    length = segments.shape[1]
+    past = np.tril(np.ones((length, length), bool))
+    return same & past[None]
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T M H"],
+    v: Float[Array, "B T M H"],
+    *,
+    segments: Int[Array, "B T"],
+    causal: bool,
+    mask: Bool[Array, "B T S"] | None = None,
+    backend: Backend = "xla",
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """softmax(q k / sqrt(H)) v among the tokens of one segment; each of the M key heads serves N / M query heads.
+
+    A padded query (segment 0) attends to nothing and yields zeros; nobody attends to padding. `mask` is
+    `visible(segments, causal)`, passed in where many layers share it. `interpret` runs Pallas on CPU, for tests.
+    Raises UserError where the backend cannot run on this machine or shape.
+    """
+    if mask is None:
+        mask = visible(segments, causal)
+    if backend == "xla":
+        out = _reference(q, k, v, mask)
+    elif backend in ("jax", "cudnn"):
+        out = _dot_product_attention(q, k, v, mask, backend)
+    else:
+        out = _pallas(q, k, v, segments, causal, interpret)
+    return jnp.where((segments > 0)[:, :, None, None], out, jnp.zeros((), out.dtype))
+
+
+def _reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    batch, length, heads, size = q.shape
+    kv_heads = k.shape[2]
+    # Heads first: XLA:CPU runs batched matmuls over leading axes about a tenth faster.
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)  # [B, M, G, T, H]
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, M, S, H]
+    q = q * jnp.asarray(1 / math.sqrt(size), q.dtype)
+    scores = jnp.einsum("bmgth,bmsh->bmgts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores, HIDDEN)
+    share = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bmgts,bmsh->bmgth", share, v)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)  # [B, T, N, H]
+
+
+def _dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, backend: Backend) -> jax.Array:
+    if backend == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(f"attention=cudnn needs an NVIDIA GPU, this is {jax.default_backend()}: use attention=xla")
+    if backend == "cudnn" and q.dtype == jnp.float32:
+        raise UserError("attention=cudnn computes in bfloat16 only: set dtype=bfloat16 or use attention=xla")
+    implementation = "cudnn" if backend == "cudnn" else "xla"
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
+
+
+def _pallas(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, causal: bool, interpret: bool) -> jax.Array:
+    platform = "tpu" if interpret else jax.default_backend()
+    if platform == "tpu":
+        return _splash(q, k, v, segments, causal, interpret)
+    if platform == "gpu":
+        from jax.experimental.pallas.ops.gpu import attention as gpu
+
+        groups = q.shape[2] // k.shape[2]
+        k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)  # [B, S, N, H]
+        return gpu.mha(q, k, v, segment_ids=segments, sm_scale=1 / math.sqrt(q.shape[-1]), causal=causal)
+    raise UserError(f"attention=pallas needs a TPU or an NVIDIA GPU, this is {platform}: use attention=xla")
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, causal: bool, interpret: bool) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    _, length, heads, size = q.shape
+    if length % 128:
+        raise UserError(f"attention=pallas on TPU needs a sequence length divisible by 128, not {length}")
+    shape = (length, length)
+    one = splash_attention_mask.CausalMask(shape) if causal else splash_attention_mask.FullMask(shape)
+    make = splash_attention_kernel.make_splash_mha if k.shape[2] == heads else splash_attention_kernel.make_splash_mqa
+    kernel = make(
+        splash_attention_mask.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+    # Padding must not be a segment of its own to the others: it is one (0), and is zeroed by the caller.
+    ids = jax.vmap(lambda s: splash_attention_kernel.SegmentIds(s, s))(segments)
+    heads_first = (a.transpose(0, 2, 1, 3) for a in (q * jnp.asarray(1 / math.sqrt(size), q.dtype), k, v))
+    return jax.vmap(kernel)(*heads_first, segment_ids=ids).transpose(0, 2, 1, 3)

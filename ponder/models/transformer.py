@@ -1,0 +1,164 @@
+"""Transformer trajectory: embed -> prelude -> core, applied K times -> coda. A lane is a token.
+
+The state is the residual stream `[B, T, D]`. A looped residual stream grows with the number of steps, and a loss that
+reads it through a norm does not hold it back. So with `inject` each step enters through a norm: it starts from
+`g_s * norm(state) + g_x * norm(x)`, a learned elementwise mix of where the thought stands and what it is about
+(x: the prelude's output, also the initial state). The state then never carries more than one step's growth. Without
+`inject` the stream is an ordinary one and K untied steps are an ordinary deep transformer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from ponder.errors import UserError
+from ponder.models import config as configs
+from ponder.models import layers
+from ponder.models.attention import visible
+from ponder.models.context import Context
+from ponder.models.sizes import Sizes
+from ponder.protocols import Seen
+from ponder.tasks.task import Shape
+
+
+class Injection(nnx.Module):
+    """Mix of state and input at the head of a step. Equal parts of both, unit variance, at the start."""
+
+    def __init__(self, size: int):
+        self.state = layers.constant(math.sqrt(0.5), (size,), ("embed",))
+        self.input = layers.constant(math.sqrt(0.5), (size,), ("embed",))
+
+    def __call__(self, state: Float[Array, "*n D"], x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        mixed = layers.normalise(state) * layers.over_last(self.state[...], state)
+        return mixed + x * layers.over_last(self.input[...], x)
+
+
+class Transformer(nnx.Module):
+    """Trajectory protocol of `ponder.protocols`. Build it with `ponder.models.build`."""
+
+    def __init__(self, config: configs.Transformer, shape: Shape, key: jax.Array, dtype: DTypeLike):
+        self.config, self.dtype, self.steps = config, jnp.dtype(dtype), config.steps
+        sizes = Sizes.of(config)
+        size, keys = config.d_model, jax.random.split(key, 6)
+
+        def block(key: jax.Array) -> layers.Block:
+            return layers.Block(size, config.heads, sizes.kv_heads, sizes.head_size, sizes.mlp_size, key)
+
+        # Rows of norm one, scaled up by sqrt(D) on the way in: tied to the readout they give logits of unit scale.
+        self.embedding = layers.weight(keys[0], (shape.vocabulary, size), ("vocab", "embed"), size)
+        cores = 1 if config.tied else config.steps
+        self.prelude = layers.stacked(block, config.prelude_layers, keys[1]) if config.prelude_layers else None
+        self.core = layers.stacked(block, config.core_layers * cores, keys[2])
+        self.injection = layers.stacked(lambda _: Injection(size), cores, keys[2]) if config.inject else None
+        self.coda = layers.stacked(block, config.coda_layers, keys[3]) if config.coda_layers else None
+        self.final_norm = layers.RMSNorm(size)
+        self.head = (
+            None if config.tied_embeddings else layers.weight(keys[4], (size, shape.classes), ("embed", "vocab"), size)
+        )
+        self.halting = layers.HaltingHead(size, config.halting_bias, keys[5]) if config.halting_head else None
+
+    def context(self, segments: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Context:
+        """Visibility and rotary angles of full sequences. `segments`: 1, 2, ... by packed example, 0 on padding."""
+        head_size = Sizes.of(self.config).head_size
+        cosine, sine = layers.rotations(positions, head_size, self.config.rope_theta)
+        causal = self.config.causal
+        return Context(segments, visible(segments, causal), cosine, sine, causal=causal, backend=self.config.attention)
+
+    def embed(self, inputs: Int[Array, "*n"]) -> Float[Array, "*n D"]:
+        """Token ids to vectors of unit scale, in the compute dtype."""
+        rows = jnp.take(self.embedding[...], inputs, axis=0) * math.sqrt(self.config.d_model)
+        return rows.astype(self.dtype)
+
+    def begin(
+        self, x: Float[Array, "B T D"], context: Context, key: jax.Array
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Context]:
+        """Prelude. The state starts where the prelude ends, without noise: `key` is not used."""
+        x = self._apply(self.prelude, x, context)
+        state = x
+        if self.config.inject:
+            x = layers.normalise(x)
+        if self.config.unroll:
+            context = dataclasses.replace(context, core=layers.separated(nnx.split(self.core)[1]))
+        if self.config.kv == "first":
+            return state, x, dataclasses.replace(context, shown=self._project(state, context))
+        return state, x, dataclasses.replace(context, shown=self._nothing_shown(state))
+
+    def step(
+        self,
+        state: Float[Array, "B T D"],
+        x: Float[Array, "B T D"],
+        k: Any,
+        context: Context,
+        running: Bool[Array, "B T"] | None,
+        key: jax.Array,
+    ) -> tuple[Float[Array, "B T D"], Context]:
+        """Core step `k` (from 1; an int or a traced scalar) on all lanes.
+
+        `running` None: all lanes run, nothing is kept. Given: with kv="depth" the lanes outside it show the keys and
+        values of their last step, and the context that comes back remembers what is shown now. `key` is not used.
+        """
+        count, entry = self.config.core_layers, 0 if self.config.tied else k - 1
+        graph, stack = nnx.split(self.core)
+        own = layers.slice_layers(stack if context.core is None else context.core, entry * count, count)
+        h = state if self.injection is None else self._inject(state, x, entry)
+        if self.config.kv == "first":
+            shown = layers.slice_layers(context.shown, entry * count, count)
+            return layers.apply_layers(graph, own, h, context, shown)[0], context
+        if running is None:
+            return layers.apply_layers(graph, own, h, context)[0], context
+        h, shown = layers.apply_layers(graph, own, h, context, context.shown, running)
+        return h, dataclasses.replace(context, shown=shown)
+
+    def see(self, state: Float[Array, "B T D"], context: Context, needs: frozenset[str]) -> Seen:
+        """Raises UserError where the rule needs a halting logit and the model has no halting head."""
+        if "halt" in needs and self.halting is None:
+            raise UserError("this rule reads the halting head: set model.halting_head=True")
+        return Seen(
+            halt=self.halting(state) if "halt" in needs and self.halting is not None else None,
+            logits=self.logits(self.finish(state, context)) if "logits" in needs else None,
+            hidden=state if "hidden" in needs else None,
+        )
+
+    def finish(self, state: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
+        return self.final_norm(self._apply(self.coda, state, context))
+
+    def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+        """fp32, accumulated in fp32 from operands of the compute dtype."""
+        w = self.embedding[...].T if self.head is None else self.head[...]
+        return layers.linear(hidden, w, dtype=jnp.float32)
+
+    def _apply(self, stack: Any, x: jax.Array, context: Context) -> jax.Array:
+        if stack is None:
+            return x
+        graph, parameters = nnx.split(stack)
+        return layers.apply_layers(
+            graph, layers.separated(parameters) if self.config.unroll else parameters, x, context
+        )[0]
+
+    def _inject(self, state: jax.Array, x: jax.Array, entry: Any) -> jax.Array:
+        graph, gains = nnx.split(self.injection)
+        gains = jax.tree.map(lambda leaf: leaf.squeeze(0), layers.slice_layers(gains, entry, 1))
+        return nnx.merge(graph, gains)(state, x)
+
+    def _project(self, x: jax.Array, context: Context) -> Any:
+        """Keys and values of every core layer, from the prelude's output."""
+        graph, stack = nnx.split(self.core)
+        if context.core is not None:
+            return [nnx.merge(graph, layer).keys_values(x, context) for layer in context.core]
+        return jax.lax.map(lambda layer: nnx.merge(graph, layer).keys_values(x, context), stack)
+
+    def _nothing_shown(self, x: jax.Array) -> Any:
+        """Place for the keys and values of stopped lanes. Costs nothing where no lane stops: it is then never read."""
+        config, sizes = self.config, Sizes.of(self.config)
+        zeros = jnp.zeros((*x.shape[:-1], sizes.kv_heads, sizes.head_size), x.dtype)
+        if config.unroll:
+            return [(zeros, zeros)] * config.core_layers
+        return (jnp.broadcast_to(zeros, (config.core_layers, *zeros.shape)),) * 2
