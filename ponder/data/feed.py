@@ -152,7 +152,12 @@ def training(
     return StackedFeed(data, size, seeds, process_index, process_count, stream=stream)
 
 
-@functools.lru_cache(maxsize=8)
 def rows(task: Task, split: str, cache_dir: str | None) -> Rows:
     """`ponder.tasks.builder.load`, remembered: evaluation during training asks again and again."""
+    return _remembered(task, split, cache_dir, builder.fingerprint(task))
+
+
+@functools.lru_cache(maxsize=8)
+def _remembered(task: Task, split: str, cache_dir: str | None, fingerprint: str) -> Rows:
+    """`fingerprint`, as the user's file may change between two runs in one process."""
     return builder.load(task, split, cache_dir)

@@ -29,11 +29,6 @@ class Addition(Task):
     """Difficulty is the number of digits of the longer operand. Extrapolation has operands of one digit more."""
 
     difficulty_name: ClassVar[str] = "digits"
-    citation: ClassVar[str] = (
-        "@article{lee2023teaching, title={Teaching Arithmetic to Small Transformers}, author={Lee, Nayoung and "
-        "Sreenivasan, Kartik and Lee, Jason D. and Lee, Kangwook and Papailiopoulos, Dimitris}, "
-        "journal={arXiv:2307.03381}, year={2023}}"
-    )
 
     digits: int = 3
     reversed_digits: bool = True
@@ -57,6 +52,14 @@ class Addition(Task):
     @property
     def difficulties(self) -> int:
         return self.digits + 2
+
+    @property
+    def citation(self) -> str:
+        return (
+            "@article{lee2023teaching, title={Teaching Arithmetic to Small Transformers}, author={Lee, Nayoung and "
+            "Sreenivasan, Kartik and Lee, Jason D. and Lee, Kangwook and Papailiopoulos, Dimitris}, "
+            "journal={arXiv:2307.03381}, year={2023}}"
+        )
 
     def rows(self, split: str) -> Iterator[Rows]:
         left = self.train_rows if split == "train" else self.evaluation_rows

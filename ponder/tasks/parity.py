@@ -32,10 +32,6 @@ class Parity(Task):
     """Text form: a question is n of "+", "-" and "0", an answer is "1" (odd) or "0" (even)."""
 
     difficulty_name: ClassVar[str] = "non-zeros"
-    citation: ClassVar[str] = (
-        "@article{banino2021pondernet, title={PonderNet: Learning to Ponder}, author={Banino, Andrea and "
-        "Balaguer, Jan and Blundell, Charles}, journal={arXiv:2107.05407}, year={2021}}"
-    )
 
     n: int = 16
     """Length of the vector."""
@@ -68,6 +64,13 @@ class Parity(Task):
     @property
     def splits(self) -> tuple[str, ...]:
         return SPLITS[:-1] if self.max_train_nonzero is None else SPLITS
+
+    @property
+    def citation(self) -> str:
+        return (
+            "@article{banino2021pondernet, title={PonderNet: Learning to Ponder}, author={Banino, Andrea and "
+            "Balaguer, Jan and Blundell, Charles}, journal={arXiv:2107.05407}, year={2021}}"
+        )
 
     def rows(self, split: str) -> Iterator[Rows]:
         left = self.train_rows if split == "train" else self.evaluation_rows

@@ -53,8 +53,6 @@ class Task:
     """The headline metric: exact match of the whole answer, or bits per byte."""
     stream: ClassVar[bool] = False
     """Rows are consecutive pieces of one text, so a training row may start anywhere in it (see `data.feed.Feed`)."""
-    licence: ClassVar[str] = "generated, no rights reserved"
-    citation: ClassVar[str] = ""
 
     @property
     def shape(self) -> Shape:
@@ -69,6 +67,15 @@ class Task:
     def splits(self) -> tuple[str, ...]:
         """Names out of SPLITS that this task has; `extrapolation` is harder than anything in `train`."""
         return SPLITS
+
+    @property
+    def licence(self) -> str:
+        return "generated, no rights reserved"
+
+    @property
+    def citation(self) -> str:
+        """BibTeX."""
+        return ""
 
     def sources(self) -> tuple[Path, ...]:
         """Files that the rows are read from; their contents are in the fingerprint. UserError where one is absent."""

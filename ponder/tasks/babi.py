@@ -1,0 +1,237 @@
+"""bAbI v1.2 in English (Weston et al. 2015): twenty kinds of questions about short stories.
+
+An example is one question with the statements of its story so far, word by word, as "mary moved to the bathroom . ...
+where is mary ?". The answer is one id out of the vocabulary, predicted at the question mark; that is the only target.
+An answer of several words is one entry, as published ("football,milk", "n,w"). Short examples share a row.
+
+A story longer than a row keeps its most recent statements. With rows of 256 tokens that cuts, in the 10k train files,
+0.7 % of the examples of qa2, 8 % of qa5, 0.2 % of qa7 and 0.1 % of qa8, and in the 1k files half of qa3. `Babi.counts`
+says it for any setting.
+
+Test is the published test file. A train question that also occurs in test is dropped from train; validation and
+calibration are 5 % each of what is left, by hash of story and question as the model sees them. There is no
+extrapolation split.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+
+from ponder.data.packing import Example, pack
+from ponder.errors import UserError
+from ponder.tasks import sources
+from ponder.tasks.babi_vocabulary import VOCABULARY
+from ponder.tasks.task import SPLITS, Rows, Shape, Task, blocks, split_of
+
+NAMES = (
+    "single-supporting-fact",
+    "two-supporting-facts",
+    "three-supporting-facts",
+    "two-arg-relations",
+    "three-arg-relations",
+    "yes-no-questions",
+    "counting",
+    "lists-sets",
+    "simple-negation",
+    "indefinite-knowledge",
+    "basic-coreference",
+    "conjunction",
+    "compound-coreference",
+    "time-reasoning",
+    "basic-deduction",
+    "basic-induction",
+    "positional-reasoning",
+    "size-reasoning",
+    "path-finding",
+    "agents-motivations",
+)
+ALL = tuple(range(1, 21))
+FRACTIONS = {"train": 0.9, "validation": 0.05, "calibration": 0.05}
+IDS = {word: i for i, word in enumerate(VOCABULARY)}
+
+
+class Question(NamedTuple):
+    """A published question."""
+
+    story: tuple[str, ...]  # the statements before it, oldest first
+    question: str
+    answer: str  # lower case
+    task: int
+
+
+class Encoded(NamedTuple):
+    """A question as the model sees it."""
+
+    ids: tuple[int, ...]
+    answer: int
+    task: int
+    cut: bool  # whether statements were left out
+
+
+@dataclass(frozen=True)
+class Babi(Task):
+    """One or several tasks, jointly. The label is the number of the task."""
+
+    difficulty_name: ClassVar[str] = "task"
+
+    tasks: tuple[int, ...] = (1, 2, 6, 9, 15, 16)
+    """Numbers of the tasks; `babi.ALL` is all twenty."""
+    size: Literal["1k", "10k"] = "10k"
+    """Questions in each task's train file. The test files are the same."""
+    length: int = 256
+    """Tokens in a row."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks) or set(self.tasks) - set(ALL):
+            raise UserError(f"bAbI tasks={self.tasks}: must be different numbers in 1..20")
+        if self.size not in ("1k", "10k"):
+            raise UserError(f'bAbI size="{self.size}": must be "1k" or "10k"')
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(len(VOCABULARY), self.length, len(VOCABULARY), "token")
+
+    @property
+    def difficulties(self) -> int:
+        return len(ALL) + 1
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return SPLITS[:-1]
+
+    @property
+    def licence(self) -> str:
+        return sources.SOURCES["babi/"].licence
+
+    @property
+    def citation(self) -> str:
+        return sources.SOURCES["babi/"].citation
+
+    def sources(self) -> tuple[Path, ...]:
+        return tuple(path for task in self.tasks for path in self._files(task))
+
+    def _files(self, task: int) -> tuple[Path, Path]:
+        """Train and test file of a task."""
+        folder = {"1k": "babi/en", "10k": "babi/en-10k"}[self.size]
+        name = f"qa{task}_{NAMES[task - 1]}"
+        # The test files of both sizes are the same; the half with the even stories stands in for the whole.
+        tests = (f"{folder}/{name}_test.txt", f"babi/en/{name}_test.txt", f"babi/en/{name}_test_even.txt")
+        return sources.find(f"{folder}/{name}_train.txt"), sources.find(*tests)
+
+    def rows(self, split: str) -> Iterator[Rows]:
+        chosen = self._split()[split]
+        # Mixed once, so that a row holds several tasks and any part of the split holds them all.
+        order = np.random.default_rng(SPLITS.index(split)).permutation(len(chosen))
+        yield from blocks(pack([_example(chosen[i]) for i in order], self.length))
+
+    def counts(self) -> dict[str, int]:
+        """Examples of each split, how many have a cut story, and how many of train were dropped as they are in test."""
+        splits = self._split()
+        counts = {split: len(examples) for split, examples in splits.items()}
+        cut = sum(example.cut for examples in splits.values() for example in examples)
+        read = sum(len(questions(path, task)) for task in self.tasks for path in self._files(task))
+        return counts | {"cut": cut, "dropped": read - sum(counts.values())}
+
+    def _split(self) -> dict[str, list[Encoded]]:
+        return _deal(tuple((task, *self._files(task)) for task in self.tasks), self.length)
+
+    def verify(self, question: str, answer: str) -> bool:
+        """Whether `answer` is the published one. Raises UserError for a question that is not in the files."""
+        known = _answers(self.sources())
+        key = tuple(self.encode(question))
+        if key not in known:
+            raise UserError("this story and question are not in the bAbI files")
+        return answer.lower() == known[key]
+
+    def encode(self, question: str) -> list[int]:
+        return list(_ids(question))
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(VOCABULARY[i] for i in ids)
+
+
+@functools.lru_cache(maxsize=64)
+def questions(path: Path, task: int) -> tuple[Question, ...]:
+    """All questions of a file, in order. Raises UserError for a line that is not in bAbI's format."""
+    found = []
+    story: list[str] = []
+    for number, line in enumerate(sources.read_text(path).splitlines(), 1):
+        match = re.fullmatch(r"(\d+) ([^\t]+)(?:\t([^\t]+)\t[\d ]*)?", line)
+        if match is None:
+            raise UserError(f'{path} line {number}: must be "ID statement" or "ID question<TAB>answer<TAB>IDs"')
+        if match[1] == "1":
+            story = []
+        if match[3] is None:
+            story.append(match[2])
+        else:
+            found.append(Question(tuple(story), match[2], match[3].lower(), task))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=2)
+def _deal(files: tuple[tuple[int, Path, Path], ...], length: int) -> dict[str, list[Encoded]]:
+    """The examples of each split, out of (task, train file, test file)."""
+    train: list[Encoded] = []
+    test: list[Encoded] = []
+    for task, *paths in files:
+        for examples, path in zip((train, test), paths, strict=True):
+            examples.extend(_encode(question, length) for question in questions(path, task))
+    tested = {example.ids for example in test}
+    splits: dict[str, list[Encoded]] = {split: [] for split in FRACTIONS} | {"test": test}
+    for example in train:
+        if example.ids not in tested:
+            splits[split_of(np.array(example.ids, np.int16).tobytes(), FRACTIONS)].append(example)
+    return splits
+
+
+@functools.lru_cache(maxsize=4)
+def _answers(paths: tuple[Path, ...]) -> dict[tuple[int, ...], str]:
+    """Published answers by the whole story and question."""
+    return {
+        tuple(i for text in (*found.story, found.question) for i in _ids(text)): found.answer
+        for path in paths
+        for found in questions(path, 0)
+    }
+
+
+@functools.lru_cache(maxsize=65536)
+def _ids(text: str) -> tuple[int, ...]:
+    """Few statements differ, so remembering them makes reading the files ten times as fast."""
+    words = re.findall(r"[a-z]+|[^a-z\s]", text.lower())
+    for word in words:
+        if word not in IDS:
+            raise UserError(f'"{word}" is not a word of the English bAbI v1.2')
+    return tuple(IDS[word] for word in words)
+
+
+def _encode(question: Question, length: int) -> Encoded:
+    """Drop the oldest statements until the rest fits."""
+    asked = _ids(question.question)
+    statements = [_ids(statement) for statement in question.story]
+    room = length - len(asked)
+    if room < 0 or question.answer not in IDS:
+        raise UserError(
+            f'bAbI qa{question.task}: "{question.question}" takes {len(asked)} tokens of {length}, '
+            f'its answer "{question.answer}" must be in the vocabulary'
+        )
+    kept: list[tuple[int, ...]] = []
+    for statement in reversed(statements):
+        if len(statement) > room:
+            break
+        kept.append(statement)
+        room -= len(statement)
+    ids = tuple(i for statement in (*reversed(kept), asked) for i in statement)
+    return Encoded(ids, IDS[question.answer], question.task, cut=len(kept) < len(statements))
+
+
+def _example(encoded: Encoded) -> Example:
+    targets, weights = np.zeros((2, len(encoded.ids)), np.int32)
+    targets[-1], weights[-1] = encoded.answer, 1
+    return Example(np.array(encoded.ids), targets, weights, encoded.task)
