@@ -20,7 +20,6 @@ import os
 import re
 import sys
 import typing
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -317,8 +316,7 @@ def _show_help(words: Sequence[str], options: type, doc: str | None, takes: Take
     if takes != "options":
         text.append(f"Experiment: {_CONFIG_HELP}.")
     if experiment is not None:
-        preset = experiment.config()
-        extra = [("config", type(preset), dataclasses.field(default=preset))]
+        extra = [("config", *_as_shown(experiment.config()))]
         if experiment.module:
             signature = inspect.signature(experiment.module.get_config, eval_str=True)
             text.append(f"{experiment.source} takes {', '.join(map(str, signature.parameters.values()))}")
@@ -326,9 +324,18 @@ def _show_help(words: Sequence[str], options: type, doc: str | None, takes: Take
             text.append(f"Arms: {', '.join(experiment.arms)}")
     elif takes != "options":
         text.append("With --config=... before --help: its fields, too.")
-    avoid: Any = tyro.conf.AvoidSubcommands
-    shown = avoid[dataclasses.make_dataclass(options.__name__, extra, bases=(options,), frozen=True)]
+    shown = dataclasses.make_dataclass(options.__name__, extra, bases=(options,), frozen=True)
     program = module or getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None) or "ponder"
-    with warnings.catch_warnings(), contextlib.suppress(SystemExit):
-        warnings.simplefilter("ignore", UserWarning)  # tyro remarks on a rule, whose declared type is a protocol
+    with contextlib.suppress(SystemExit):
         tyro.cli(shown, prog=f"python -m {program}", description="\n\n".join(text), args=["--help"])
+
+
+def _as_shown(config: Config) -> tuple[type, dataclasses.Field]:
+    """A type whose parts are declared as what this configuration holds, not as their bases; and it as the default."""
+    parts = [
+        field.name for field in dataclasses.fields(config) if dataclasses.is_dataclass(getattr(config, field.name))
+    ]
+    own = [(name, type(getattr(config, name))) for name in parts]
+    shown = dataclasses.make_dataclass("Config", own, bases=(Config,), frozen=True)
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return shown, dataclasses.field(default=shown(**values))

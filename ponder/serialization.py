@@ -132,7 +132,7 @@ def _untag(tag: str, where: str) -> type:
         if module_name.endswith(".py"):
             file = Path(module_name)
             file = file if file.exists() else _PROJECT / file
-            module = sys.modules.get(str(file.resolve())) or load_file(file)
+            module = load_file(file)
         else:
             module = importlib.import_module(module_name)
         return functools.reduce(getattr, name.split("."), module)  # type: ignore[return-value]
@@ -141,13 +141,21 @@ def _untag(tag: str, where: str) -> type:
 
 
 def load_file(file: Path) -> types.ModuleType:
-    """Run a Python file as a module whose name is its full path, so that its classes can be found again."""
+    """Run a Python file as a module whose name is its full path, so that its classes can be found again.
+
+    A file that has not changed since it was run gives the same module, so its classes stay the same.
+    """
     file = file.resolve()
     if not file.is_file():
         raise UserError(f"no experiment file {file}")
+    source = file.read_bytes()
+    loaded = sys.modules.get(str(file))
+    if loaded is not None and vars(loaded).get("__source__") == source:
+        return loaded
     spec = importlib.util.spec_from_file_location(str(file), file)
     assert spec is not None and spec.loader is not None  # a file that ends in .py has both
     module = importlib.util.module_from_spec(spec)
+    vars(module)["__source__"] = source
     sys.modules[str(file)] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
