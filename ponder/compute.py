@@ -1,0 +1,269 @@
+"""The ledger: floating-point operations by part, from sizes alone. Reads no clock and no jax.
+
+Counts follow XLA's cost analysis of the program as written, before fusion: a multiply-add is 2, each elementwise
+operation 1 an element, exp and rsqrt 0, indexing, casts and copies 0. A compiler counts a loop's body once; the ledger
+counts it as often as it runs. The rules' own arithmetic (tens of operations a lane and step) and the optimizer's (about
+15 a parameter and update) are left out.
+
+Two columns, never mixed:
+  useful  what the answer needed: each lane's own steps, the keys that it sees, a readout where there is a target.
+  spent   what the executor ran: K steps on every lane, all T keys, masked or not, a readout on every lane.
+The 2 N rule (twice the parameters a token) is neither: at small width it misses attention, and a looped core is used K
+times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from ponder.config import Config
+from ponder.errors import UserError
+from ponder.models.config import ModelConfig, Recurrent, Transformer
+from ponder.models.sizes import Sizes
+from ponder.protocols import Rule
+from ponder.tasks.task import Shape
+
+
+Number = int | float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs a lane, forward and backward."""
+
+    forward: Number = 0
+    backward: Number = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.forward + other.forward, self.backward + other.backward)
+
+    def __mul__(self, times: Number) -> Cost:
+        return Cost(self.forward * times, self.backward * times)
+
+    __rmul__ = __mul__
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Cost a lane of each call of a trajectory."""
+
+    begin: Cost  # embedding and prelude; with kv="first" the keys and values of all core layers
+    step: Cost  # one core step
+    see: Cost  # what the rule looks at after a step
+    finish: Cost  # coda and final norm
+    logits: Cost
+
+
+def linear(inputs: Number, outputs: Number, input_gradient: bool = True) -> Cost:
+    one = 2 * inputs * outputs
+    return Cost(one, 2 * one if input_gradient else one)
+
+
+def normalise(size: Number) -> Cost:
+    """x * rsqrt(mean(x^2))."""
+    return Cost(3 * size, 7 * size)
+
+
+def scale(size: Number) -> Cost:
+    """Multiplication by a learned vector."""
+    return Cost(size, 3 * size)
+
+
+def norm(size: Number) -> Cost:
+    return normalise(size) + scale(size)
+
+
+def residual(size: Number) -> Cost:
+    """Forward the sum, backward the sum of the two branches' gradients."""
+    return Cost(size, size)
+
+
+def shared(size: Number, users: int) -> Cost:
+    """A value with several users: their gradients are summed."""
+    return Cost(0, (users - 1) * size)
+
+
+def rope(size: Number) -> Cost:
+    return Cost(3 * size, 3.5 * size)
+
+
+def scores(heads: Number, head_size: Number, keys: Number) -> Cost:
+    """Both matmuls of attention, softmax, mask and scaling, a query."""
+    matmul = 2 * heads * head_size * keys
+    forward, backward = 2 * matmul, 4 * matmul
+    return Cost(forward + heads * (5 * keys + 2 * head_size), backward + heads * (7 * keys + 2 * head_size))
+
+
+def swiglu(size: Number) -> Cost:
+    """silu(gate) * up."""
+    return Cost(5 * size, 8 * size)
+
+
+def embedding(size: Number) -> Cost:
+    """No matmul: bounds check and scaling, and the scatter of the gradient."""
+    return Cost(2 * size, 2 * size)
+
+
+def cross_entropy(classes: Number) -> Cost:
+    return Cost(3 * classes, 2 * classes)
+
+
+def halting_head(size: Number) -> Cost:
+    """Norm, dot product and bias; its gradient joins that of the state."""
+    return normalise(size) + Cost(2 * size, 2 * size)
+
+
+def keys_values(model: Transformer) -> Cost:
+    """Keys and values of one layer, from its normed input."""
+    sizes = Sizes.of(model)
+    width = sizes.kv_heads * sizes.head_size
+    return 2 * linear(model.d_model, width) + rope(width) + shared(model.d_model, 3)
+
+
+def layer(model: Transformer, keys: Number, own_keys: bool = True) -> Cost:
+    """One block a query. `own_keys` False: its keys and values are given."""
+    sizes = Sizes.of(model)
+    size, width = model.d_model, model.heads * sizes.head_size
+    attention = norm(size) + linear(size, width) + rope(width) + scores(model.heads, sizes.head_size, keys)
+    if own_keys:
+        attention += keys_values(model)
+    mlp = norm(size) + 2 * linear(size, sizes.mlp_size) + shared(size, 2) + swiglu(sizes.mlp_size)
+    out = linear(width, size) + linear(sizes.mlp_size, size) + 2 * residual(size)
+    return attention + mlp + out
+
+
+def parts(model: ModelConfig, shape: Shape, needs: frozenset[str] = frozenset(), keys: Number | None = None) -> Parts:
+    """Cost a lane of each part, where a query meets `keys` keys (None: all of `shape.length`).
+
+    `needs`: what the rule looks at (`Rule.needs`); it prices `see`. Raises UserError for an unknown model.
+    """
+    if isinstance(model, Transformer):
+        bare = _transformer(model, shape, shape.length if keys is None else keys)
+    elif isinstance(model, Recurrent):
+        bare = _recurrent(model, shape)
+    else:
+        raise UserError(f"the ledger does not know {type(model).__name__}: use Transformer or Recurrent")
+    see = Cost()
+    if "halt" in needs:
+        see += halting_head(model.d_model)
+    if "logits" in needs:
+        see += bare.finish + bare.logits
+    return dataclasses.replace(bare, see=see)
+
+
+def _transformer(model: Transformer, shape: Shape, keys: Number) -> Parts:
+    size = model.d_model
+    begin = embedding(size) + model.prelude_layers * layer(model, keys)
+    step = model.core_layers * layer(model, keys, own_keys=model.kv == "depth")
+    if model.inject:
+        begin += normalise(size)
+        step += normalise(size) + 2 * scale(size) + residual(size)
+    if model.kv == "first":
+        planes = model.core_layers * (1 if model.tied else model.steps)
+        begin += planes * (keys_values(model) + norm(size) + shared(size, 2))
+    return Parts(
+        begin=begin,
+        step=step,
+        see=Cost(),
+        finish=model.coda_layers * layer(model, keys) + norm(size),
+        logits=linear(size, shape.classes),
+    )
+
+
+def _recurrent(model: Recurrent, shape: Shape) -> Parts:
+    size = model.d_model
+    width = size * (3 if model.cell == "gru" else 1)
+    cell = Cost(18 * size, 25 * size) if model.cell == "gru" else Cost(2 * size, 3 * size)
+    return Parts(
+        begin=linear(shape.length, width, input_gradient=False) + Cost(width, width),
+        step=linear(size, width) + Cost(2 * width, 2 * width) + cell,
+        see=Cost(),
+        finish=Cost(),
+        logits=linear(size, shape.classes) + Cost(shape.classes, shape.classes),
+    )
+
+
+def thinking(model: ModelConfig, shape: Shape, rule: Rule, keys: Number | None = None) -> Cost:
+    """One core step a lane with what the rule looks at and, where the rule mixes states, the running mean."""
+    priced = parts(model, shape, rule.needs, keys)
+    mean = Cost(2 * model.d_model, 3 * model.d_model) if rule.mixes == "states" else Cost()
+    return priced.step + priced.see + mean
+
+
+def training_cost(config: Config) -> Cost:
+    """Spent FLOPs a lane and optimizer step: K steps of training, every lane running on."""
+    model, shape = config.model, config.task.shape
+    priced = parts(model, shape, config.rule.needs)
+    readout = priced.finish + priced.logits + cross_entropy(shape.classes)
+    loop = model.steps * thinking(model, shape, config.rule)
+    if config.rule.mixes == "losses":  # one readout a step
+        loop += model.steps * readout
+        total = priced.begin + loop
+    else:
+        total = priced.begin + loop + readout
+    return total + Cost(0, loop.forward) if model.remat else total
+
+
+def lanes(shape: Shape, rows: Number) -> Number:
+    """Lanes of so many rows."""
+    return rows * (shape.length if shape.lanes == "token" else 1)
+
+
+def forward_flops(config: Config) -> Number:
+    """Spent FLOPs a lane of a training forward pass."""
+    return training_cost(config).forward
+
+
+def training_flops_per_step(config: Config) -> Number:
+    """Spent FLOPs of one optimizer step on the whole batch, one seed: forward, backward and, with remat, recomputation."""
+    cost = training_cost(config)
+    return lanes(config.task.shape, config.training.batch_size) * (cost.forward + cost.backward)
+
+
+def inference_flops(
+    config: Config,
+    *,
+    lanes: Number,
+    lane_steps: Number,
+    targets: Number,
+    length: int | None = None,
+    padding: Number = 0,
+) -> tuple[Number, Number]:
+    """(useful, spent) FLOPs of frozen inference by the masked executor.
+
+    Args:
+      lanes: lanes that are not padding; lane_steps: steps that they executed, summed; targets: lanes that are read out.
+      length: T of the rows, by default the task's. Useful work meets (T + 1) / 2 keys on average under a causal mask.
+      padding: lanes of padding beside them. They are spent, never useful.
+    """
+    model, shape, rule = config.model, config.task.shape, config.rule
+    # The width of a recurrent input is fixed by its parameters; only a sequence of tokens may be longer than in training.
+    if shape.lanes == "token" and length is not None:
+        shape = shape._replace(length=length)
+    seen = (shape.length + 1) / 2 if isinstance(model, Transformer) and model.causal else shape.length
+    lean = parts(model, shape, rule.needs, seen)
+    useful = lanes * lean.begin + lane_steps * thinking(model, shape, rule, seen) + targets * lean.logits
+    # A coda attends: it needs the other lanes too. A final norm does not.
+    attends = isinstance(model, Transformer) and model.coda_layers > 0
+    useful += (lanes if attends else targets) * lean.finish
+    full = parts(model, shape, rule.needs)
+    each = full.begin + model.steps * thinking(model, shape, rule) + full.finish + full.logits
+    return useful.forward, (lanes + padding) * each.forward
+
+
+def steps_for(config: Config, flops: Number) -> int:
+    """Optimizer steps that spend `flops`, to the nearest. Raises UserError where that is none."""
+    each = training_flops_per_step(config)
+    steps = round(flops / each)
+    if steps < 1:
+        raise UserError(f"training.flops is {flops:.3g} and one step spends {each:.3g}: give at least that")
+    return steps
+
+
+def resolve(config: Config) -> Config:
+    """`training.steps` set from `training.flops`, where that is given."""
+    if config.training.flops is None:
+        return config
+    steps = steps_for(config, config.training.flops)
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps))
