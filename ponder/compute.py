@@ -24,7 +24,6 @@ from ponder.models.sizes import Sizes
 from ponder.protocols import Rule
 from ponder.tasks.task import Shape
 
-
 Number = int | float
 
 
@@ -174,9 +173,10 @@ def _transformer(model: Transformer, shape: Shape, keys: Number) -> Parts:
 def _recurrent(model: Recurrent, shape: Shape) -> Parts:
     size = model.d_model
     width = size * (3 if model.cell == "gru" else 1)
-    cell = Cost(18 * size, 25 * size) if model.cell == "gru" else Cost(2 * size, 3 * size)
+    cell = Cost(15 * size, 25 * size) if model.cell == "gru" else Cost(2 * size, 8 * size)
     return Parts(
-        begin=linear(shape.length, width, input_gradient=False) + Cost(width, width),
+        # The state before step 1 is a constant: no gradient passes through the recurrent matrix there.
+        begin=linear(shape.length, width, input_gradient=False) + Cost(width, width - 2 * size * width),
         step=linear(size, width) + Cost(2 * width, 2 * width) + cell,
         see=Cost(),
         finish=Cost(),
@@ -216,7 +216,7 @@ def forward_flops(config: Config) -> Number:
 
 
 def training_flops_per_step(config: Config) -> Number:
-    """Spent FLOPs of one optimizer step on the whole batch, one seed: forward, backward and, with remat, recomputation."""
+    """Spent FLOPs of one optimizer step on the whole batch, for one seed: forward, backward, recomputation if remat."""
     cost = training_cost(config)
     return lanes(config.task.shape, config.training.batch_size) * (cost.forward + cost.backward)
 
@@ -238,7 +238,7 @@ def inference_flops(
       padding: lanes of padding beside them. They are spent, never useful.
     """
     model, shape, rule = config.model, config.task.shape, config.rule
-    # The width of a recurrent input is fixed by its parameters; only a sequence of tokens may be longer than in training.
+    # The width of a recurrent input is fixed by its parameters; a sequence of tokens may be longer.
     if shape.lanes == "token" and length is not None:
         shape = shape._replace(length=length)
     seen = (shape.length + 1) / 2 if isinstance(model, Transformer) and model.causal else shape.length
@@ -267,3 +267,9 @@ def resolve(config: Config) -> Config:
         return config
     steps = steps_for(config, config.training.flops)
     return dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps))
+
+
+def matched(config: Config, reference: Config) -> Config:
+    """`config`, trained for as many FLOPs as `reference` spends in its `training.steps` on its batches."""
+    flops = float(reference.training.steps * training_flops_per_step(reference))
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, flops=flops))
