@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +44,13 @@ def attention(
     causal: bool,
     mask: Bool[Array, "B T S"] | None = None,
     backend: Backend = "xla",
-    interpret: bool = False,
+    interpret: Literal["tpu", "gpu"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k / sqrt(H)) v among the tokens of one segment; each of the M key heads serves N / M query heads.
 
     A padded query (segment 0) attends to nothing and yields zeros; nobody attends to padding. `mask` is
-    `visible(segments, causal)`, passed in where many layers share it. `interpret` runs Pallas on CPU, for tests.
+    `visible(segments, causal)`, passed in where many layers share it. `interpret` runs the Pallas kernel of that
+    platform on CPU, for tests.
     Raises UserError where the backend cannot run on this machine or shape.
     """
     if mask is None:
@@ -77,40 +79,46 @@ def _reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax
 
 
 def _dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, backend: Backend) -> jax.Array:
-    if backend == "cudnn" and jax.default_backend() != "gpu":
+    if backend == "jax":
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="xla")
+    if jax.default_backend() != "gpu":
         raise UserError(f"attention=cudnn needs an NVIDIA GPU, this is {jax.default_backend()}: use attention=xla")
-    if backend == "cudnn" and q.dtype == jnp.float32:
-        raise UserError("attention=cudnn computes in bfloat16 only: set dtype=bfloat16 or use attention=xla")
-    implementation = "cudnn" if backend == "cudnn" else "xla"
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
+    if q.dtype == jnp.float32:
+        raise UserError("attention=cudnn computes in 16 bits only: set dtype=bfloat16 or use attention=xla")
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
 
 
-def _pallas(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, causal: bool, interpret: bool) -> jax.Array:
-    platform = "tpu" if interpret else jax.default_backend()
-    if platform == "tpu":
-        return _splash(q, k, v, segments, causal, interpret)
+def _pallas(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    causal: bool,
+    interpret: Literal["tpu", "gpu"] | None,
+) -> jax.Array:
+    platform = interpret or jax.default_backend()
+    if platform not in ("tpu", "gpu"):
+        raise UserError(f"attention=pallas needs a TPU or an NVIDIA GPU, this is {platform}: use attention=xla")
+    length, size = q.shape[1], q.shape[-1]
+    if length % 128:
+        raise UserError(f"attention=pallas needs a length divisible by 128, not {length}: use attention=xla")
+    groups = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)  # [B, S, N, H]: the kernels know no groups
     if platform == "gpu":
         from jax.experimental.pallas.ops.gpu import attention as gpu
 
-        groups = q.shape[2] // k.shape[2]
-        k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)  # [B, S, N, H]
-        return gpu.mha(q, k, v, segment_ids=segments, sm_scale=1 / math.sqrt(q.shape[-1]), causal=causal)
-    raise UserError(f"attention=pallas needs a TPU or an NVIDIA GPU, this is {platform}: use attention=xla")
+        return gpu.mha(
+            q, k, v, segment_ids=segments, sm_scale=1 / math.sqrt(size), causal=causal, interpret=interpret is not None
+        )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, causal: bool, interpret: bool) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
-
-    _, length, heads, size = q.shape
-    if length % 128:
-        raise UserError(f"attention=pallas on TPU needs a sequence length divisible by 128, not {length}")
-    shape = (length, length)
-    one = splash_attention_mask.CausalMask(shape) if causal else splash_attention_mask.FullMask(shape)
-    make = splash_attention_kernel.make_splash_mha if k.shape[2] == heads else splash_attention_kernel.make_splash_mqa
-    kernel = make(
-        splash_attention_mask.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1, interpret=interpret
+    one = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([one] * q.shape[2]), head_shards=1, q_seq_shards=1, interpret=interpret is not None
     )
-    # Padding must not be a segment of its own to the others: it is one (0), and is zeroed by the caller.
-    ids = jax.vmap(lambda s: splash_attention_kernel.SegmentIds(s, s))(segments)
-    heads_first = (a.transpose(0, 2, 1, 3) for a in (q * jnp.asarray(1 / math.sqrt(size), q.dtype), k, v))
+    q = q * jnp.asarray(1 / math.sqrt(size), q.dtype)
+    # Padding is segment 0 and attends to itself here; the caller zeroes it.
+    ids = splash.SegmentIds(segments, segments)
+    heads_first = (a.transpose(0, 2, 1, 3) for a in (q, k, v))  # [B, N, T, H]
     return jax.vmap(kernel)(*heads_first, segment_ids=ids).transpose(0, 2, 1, 3)
