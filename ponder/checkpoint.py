@@ -14,10 +14,12 @@ State is any pytree of arrays; names and not Python classes tie a checkpoint to 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -126,6 +128,9 @@ class Checkpoints:
             manager = self._opened()
             if step in manager.all_steps():
                 return
+            # Orbax would find out in the middle of its threads, and leave them littered about.
+            if "://" not in str(self.directory) and not os.access(self.directory, os.W_OK):
+                raise PermissionError(errno.EACCES, "the folder is read-only")
             if json.loads(json.dumps(feed_state)) != feed_state:
                 raise TypeError(f"feed_state must survive JSON (string keys, numbers, strings, lists): {feed_state}")
             if score is not None and math.isfinite(score):
@@ -200,6 +205,8 @@ class Checkpoints:
 
     def _opened(self) -> Any:
         if self._manager is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            logging.getLogger("absl").addFilter(_not_a_background_traceback)
             scores = {step: _score(self.directory, step) for step in self.steps()}
             self._scores = {step: score for step, score in scores.items() if score is not None}
             self._manager = orbax.CheckpointManager(
@@ -377,14 +384,17 @@ def _storage_failure(error: Exception) -> str | None:
     while seen is not None:
         if isinstance(seen, OSError):
             return seen.strerror or _first_line(seen)
-        # tensorstore reports what the operating system said inside a ValueError.
-        match = re.search(
-            r"\[OS error \d+: ([^\]]+)\]|(No space left on device|Permission denied|File too large)", str(seen)
-        )
-        if match:
-            return match[1] or match[2]
+        # tensorstore puts what the operating system said into a ValueError.
+        said = re.search(r"([^:]+) \[os_error_code=", str(seen))
+        if said:
+            return said[1].strip()
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _not_a_background_traceback(record: logging.LogRecord) -> bool:
+    """Orbax logs a failed write with its traceback, and then raises it: here as one line."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _first_line(error: BaseException) -> str:
