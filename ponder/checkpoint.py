@@ -394,7 +394,8 @@ def _storage_failure(error: Exception) -> str | None:
 
 def _not_a_background_traceback(record: logging.LogRecord) -> bool:
     """Orbax logs a failed write with its traceback, and then raises it: here as one line."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    traceback = record.exc_info[2] if record.exc_info else None
+    return traceback is None or "orbax" not in traceback.tb_frame.f_code.co_filename
 
 
 def _first_line(error: BaseException) -> str:
