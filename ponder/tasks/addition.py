@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from ponder.errors import UserError
-from ponder.tasks.task import BLOCK, FRACTIONS, SPLITS, Rows, Shape, Task, split_of, whole_rows
+from ponder.tasks.task import BLOCK, FRACTIONS, SPLITS, Rows, Shape, Task, owners, whole_rows
 
 ALPHABET = "0123456789+=,:"
 
@@ -81,21 +81,22 @@ class Addition(Task):
         fewest = 1 if self.mixed else most
         generator = np.random.default_rng(SPLITS.index(split))
         seen: set[tuple[int, int]] = set()
-        misses = 0
-        while misses < 100 * BLOCK:
-            lengths = generator.integers(fewest, most + 1, (BLOCK, 2))
+        draws_without_a_new_one = 0
+        while draws_without_a_new_one < 8:
+            lengths = generator.integers(fewest, most + 1, (4 * BLOCK, 2))
             low = np.where(lengths == 1, 0, 10 ** (lengths - 1))
-            operands = generator.integers(low, 10**lengths)  # [BLOCK, 2]
-            for a, b in operands.tolist():
-                if split == "extrapolation":
-                    belongs = max(a, b) >= 10**self.digits
-                else:
-                    belongs = split_of(f"{min(a, b)}+{max(a, b)}".encode(), FRACTIONS) == split
-                if belongs and (split == "train" or (a, b) not in seen):
-                    misses = 0
+            operands = generator.integers(low, 10**lengths)  # [4 * BLOCK, 2]
+            if split == "extrapolation":
+                own = operands.max(axis=1) >= 10**self.digits
+            else:
+                canonical = (f"{a}+{b}".encode() for a, b in np.sort(operands, axis=1).tolist())
+                own = owners(canonical, FRACTIONS) == SPLITS.index(split)
+            draws_without_a_new_one += 1
+            for a, b in operands[own].tolist():
+                if split == "train" or (a, b) not in seen:
                     seen.add((a, b))
+                    draws_without_a_new_one = 0
                     yield a, b
-                misses += 1
 
     def _encode(self, pairs: list[tuple[int, int]], split: str) -> Rows:
         width = self.digits + (split == "extrapolation")

@@ -28,7 +28,7 @@ from ponder.data.packing import Example, pack
 from ponder.errors import UserError
 from ponder.tasks import sources
 from ponder.tasks.babi_vocabulary import VOCABULARY
-from ponder.tasks.task import SPLITS, Rows, Shape, Task, blocks, split_of
+from ponder.tasks.task import SPLITS, Rows, Shape, Task, blocks, owners
 
 NAMES = (
     "single-supporting-fact",
@@ -185,9 +185,10 @@ def _deal(files: tuple[tuple[int, Path, Path], ...], length: int) -> dict[str, l
             examples.extend(_encode(question, length) for question in questions(path, task))
     tested = {example.ids for example in test}
     splits: dict[str, list[Encoded]] = {split: [] for split in FRACTIONS} | {"test": test}
-    for example in train:
-        if example.ids not in tested:
-            splits[split_of(np.array(example.ids, np.int16).tobytes(), FRACTIONS)].append(example)
+    train = [example for example in train if example.ids not in tested]
+    own = owners((np.array(example.ids, np.int16).tobytes() for example in train), FRACTIONS)
+    for example, index in zip(train, own, strict=True):
+        splits[list(FRACTIONS)[index]].append(example)
     return splits
 
 

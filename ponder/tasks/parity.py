@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from ponder.errors import UserError
-from ponder.tasks.task import BLOCK, FRACTIONS, SPLITS, Rows, Shape, Task, split_of, whole_rows
+from ponder.tasks.task import BLOCK, FRACTIONS, SPLITS, Rows, Shape, Task, owners, whole_rows
 
 # Ids of the sequence layout. The two answers come first, so that they are classes too.
 SYMBOLS = "01-+?"
@@ -82,7 +82,8 @@ class Parity(Task):
         while left:
             drawn = draw(generator, 4 * BLOCK, self.n, fewest, most)
             if split != "extrapolation":
-                drawn = drawn[[split_of(vector.tobytes(), FRACTIONS) == split for vector in drawn]]
+                own = owners((vector.tobytes() for vector in drawn), FRACTIONS)
+                drawn = drawn[own == SPLITS.index(split)]
             kept = np.concatenate([kept, drawn])
             while left and len(kept) >= min(left, BLOCK):
                 yield self._encode(kept[: min(left, BLOCK)])

@@ -7,7 +7,7 @@ into a TFDS builder, `ponder.data.feed` into batches.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -118,17 +118,17 @@ def blocks(rows: Rows) -> Iterator[Rows]:
         yield Rows(*(array[start : start + BLOCK] for array in rows))
 
 
-def bucket(canonical: bytes, salt: str = "ponder") -> float:
-    """Uniform number in [0, 1) that depends on the canonical question alone, so equal questions share a split."""
-    digest = hashlib.blake2b(canonical, digest_size=8, key=salt.encode()).digest()
-    return int.from_bytes(digest, "little") / 2**64
+def owners(canonical: Iterable[bytes], fractions: dict[str, float]) -> np.ndarray:
+    """[questions] index into `fractions` of the split that owns each question.
+
+    It depends on the question's canonical form alone, so equal questions share a split. `fractions` are shares that sum
+    to one.
+    """
+    digests = [hashlib.blake2b(question, digest_size=8, key=b"ponder").digest() for question in canonical]
+    uniform = np.frombuffer(b"".join(digests), "<u8") / 2**64  # in [0, 1)
+    return np.searchsorted(np.cumsum(list(fractions.values()))[:-1], uniform, side="right")
 
 
 def split_of(canonical: bytes, fractions: dict[str, float]) -> str:
-    """The split that owns a question. `fractions` maps names to shares that sum to one."""
-    u, edge = bucket(canonical), 0.0
-    for name, share in fractions.items():
-        edge += share
-        if u < edge:
-            return name
-    return name
+    """The split that owns a question (see `owners`)."""
+    return list(fractions)[owners([canonical], fractions)[0]]
