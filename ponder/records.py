@@ -209,15 +209,19 @@ def hardware() -> str:
 
 def run_key(config: Config) -> str:
     """Names a run by all that can change its numbers: the resolved configuration and the code."""
-    values = to_json(config)
-    settings = sorted((name, value) for name, value in _flat(values) if not _under(name, _LOOK_FIELDS))
     files = {
         Path(module)
         for part in (config.task, config.model, config.rule)
         if (module := type(part).__module__).endswith(".py")
     }
-    text = json.dumps([settings, code_hash(), [_hash_file(file) for file in sorted(files)]])
+    text = json.dumps([settings_key(config), code_hash(), [_hash_file(file) for file in sorted(files)]])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def settings_key(config: Config) -> str:
+    """Names a run by its configuration alone, whatever the code."""
+    settings = sorted((name, value) for name, value in _flat(to_json(config)) if not _under(name, _LOOK_FIELDS))
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 @functools.cache

@@ -114,14 +114,14 @@ def _mean(depth: Mapping[int, Point], seeds: Iterable[int]) -> float:
 
 
 def above_frontier(curve: Frontier, runs: Mapping[int, Point]) -> Interval | None:
-    """Paired difference of each seed's value to the frontier at that seed's own cost.
+    """Paired difference of each seed's value to the frontier at that seed's own cost, over the seeds that both have.
 
-    None (say "outside") unless every seed of the arm is covered: the covered ones alone would be a selection.
+    None (say "outside") if the cost of one of them lies outside the frontier: the others alone would be a selection.
     """
-    reference = {seed: curve.at(seed, point.flops) for seed, point in runs.items()}
-    if not runs or any(value is None for value in reference.values()):
-        return None
+    reference = {seed: curve.at(seed, point.flops) for seed, point in runs.items() if seed in curve.knots}
     covered = {seed: value for seed, value in reference.items() if value is not None}
+    if len(covered) < len(reference):
+        return None
     return paired_difference({seed: point.value for seed, point in runs.items()}, covered)
 
 

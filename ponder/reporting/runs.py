@@ -1,0 +1,163 @@
+"""Finished runs, read from workdirs and from the `runs.jsonl` that `ponder.ablate` keeps."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from etils import epath
+
+from ponder.errors import UserError
+from ponder.writers import read_rows
+
+Row = dict[str, Any]
+RUNS = "runs.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm trained from one seed."""
+
+    arm: str
+    seed: int
+    config: Row
+    evaluations: tuple[Row, ...]
+    """Final evaluation rows."""
+    curve: tuple[Row, ...]
+    """Validation rows during training, default exit."""
+    traces: tuple[Row, ...]
+    parameters: int
+    training_steps: int
+    training_flops: float
+    train_seconds: float
+    cost_seconds: float
+    """Processor-seconds: wall-clock times cores, or times devices."""
+    commit: str
+    hardware: str
+    difficulty_name: str
+    source: str
+    """Name of the folder it was read from."""
+
+    @property
+    def task(self) -> str:
+        """The task with its settings; runs are compared only within one."""
+        return json.dumps(self.config["task"], sort_keys=True)
+
+
+def load(folders: Sequence[epath.PathLike]) -> list[Run]:
+    """Runs of all folders, each a workdir or a folder with `runs.jsonl`. Raises UserError where one has no run."""
+    runs: list[Run] = []
+    for folder in map(epath.Path, folders):
+        if not folder.exists():
+            raise UserError(f"no folder {folder}: name workdirs of ponder.train, or the output of ponder.ablate")
+        if (folder / RUNS).exists():
+            found = [from_row(row, source=folder.name) for row in read_rows(folder / RUNS)]
+            traces = {path.stem: path for path in sorted((folder / "traces").glob("*.jsonl"))}
+            found = [with_traces(run, traces) for run in found]
+        else:
+            found = from_workdir(folder)
+        if not found:
+            raise UserError(f"{folder} has no finished run: train to the end, then report")
+        runs += found
+    return _distinct(runs)
+
+
+def with_traces(run: Run, traces: dict[str, epath.Path]) -> Run:
+    path = traces.get(f"{run.arm}-seed{run.seed}")
+    return Run(**{**vars(run), "traces": tuple(read_rows(path))}) if path else run
+
+
+def from_workdir(folder: epath.PathLike) -> list[Run]:
+    """The runs of a workdir, one a seed; none if the training has not ended."""
+    folder = epath.Path(folder)
+    if not (folder / "results.json").exists():
+        return []
+    try:
+        results = json.loads((folder / "results.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{folder / 'results.json'} is damaged ({error}): run the training's command again") from error
+    metrics = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+    traces = read_rows(folder / "traces.jsonl") if (folder / "traces.jsonl").exists() else []
+    rows = [
+        result | {"curve": curve_of(metrics, result), "traces": traces if i == 0 else []}
+        for i, result in enumerate(results)
+    ]
+    return [from_row(row, source=folder.name) for row in rows]
+
+
+def from_row(row: Row, source: str) -> Run:
+    """A run out of an entry of `results.json` or a row of `runs.jsonl`."""
+    try:
+        seconds = float(row["train_seconds"])
+        return Run(
+            arm=row.get("arm", row["config"]["name"]),
+            seed=int(row["seed"]),
+            config=row["config"],
+            evaluations=tuple(row["evaluations"]),
+            curve=tuple(row.get("curve", ())),
+            traces=tuple(row.get("traces", ())),
+            parameters=int(row["parameters"]),
+            training_steps=int(row["training_steps"]),
+            training_flops=float(row["training_flops"]),
+            train_seconds=seconds,
+            cost_seconds=float(row.get("cost_seconds", seconds * processors(row["hardware"]))),
+            commit=row["commit"],
+            hardware=row["hardware"],
+            difficulty_name=row.get("difficulty_name", "difficulty"),
+            source=source,
+        )
+    except KeyError as error:
+        raise UserError(f"a run in {source} has no {error}: it was written by another version of ponder") from error
+
+
+def curve_of(metrics: Iterable[Row], result: Row) -> list[Row]:
+    """The validation rows of one seed during training, default exit, without their details."""
+    exits = [row["exit"] for row in result["evaluations"]]
+    curve: dict[int, Row] = {}
+    for row in metrics:
+        if row["kind"] == "evaluation" and row["split"] == "validation" and row["seed"] == result["seed"]:
+            if exits and row["exit"] != exits[0]:
+                continue
+            # The first row of a step: at the last step the whole split follows the sample that was looked at so far.
+            kept = ("step", "accuracy", "bits_per_byte", "loss", "run_on_loss", "steps")
+            curve.setdefault(row["step"], {name: row[name] for name in kept if name in row})
+    return list(curve.values())
+
+
+def processors(hardware: str) -> int:
+    """Cores of `model, 4 cores`, or devices of `model x 8`."""
+    found = re.search(r"(\d+) cores$", hardware) or re.search(r" x (\d+)$", hardware)
+    return int(found[1]) if found else 1
+
+
+def unit_of_cost(hardware: str) -> str:
+    return "core-hours" if hardware.endswith("cores") else "device-hours"
+
+
+def _distinct(runs: Sequence[Run]) -> list[Run]:
+    """The same runs, arms of one name but different settings told apart by their folder. Raises UserError on a copy."""
+    settings: dict[tuple[str, str], set[str]] = {}
+    for run in runs:
+        settings.setdefault((run.task, run.arm), set()).add(_settings(run))
+    named = []
+    for run in runs:
+        clash = len(settings[run.task, run.arm]) > 1
+        named.append(Run(**{**vars(run), "arm": f"{run.arm} ({run.source})"}) if clash else run)
+    seen: dict[tuple[str, str, int], str] = {}
+    for run in named:
+        key = (run.task, run.arm, run.seed)
+        if key in seen:
+            raise UserError(
+                f"{run.source} and {seen[key]} both hold {run.arm}, seed {run.seed}: name one of them, or remove the"
+                " rows of older code"
+            )
+        seen[key] = run.source
+    return named
+
+
+def _settings(run: Run) -> str:
+    skipped = ("seed", "seeds", "name", "logging", "checkpoint", "mesh")
+    return json.dumps({name: value for name, value in run.config.items() if name not in skipped}, sort_keys=True)

@@ -1,0 +1,244 @@
+"""The table of fixed against variable compute: what each arm reaches, what it costs, and what halting is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ponder import statistics
+from ponder.reporting.runs import Run, unit_of_cost
+from ponder.statistics import Interval, Point
+
+FIXED = "fixed"  # arms whose name starts so form the frontier
+
+
+class Metric(NamedTuple):
+    """The headline number of a task."""
+
+    field: str
+    name: str
+    higher_is_better: bool
+
+    @property
+    def sign(self) -> int:
+        return 1 if self.higher_is_better else -1
+
+
+ACCURACY = Metric("accuracy", "accuracy", True)
+BITS = Metric("bits_per_byte", "bits per byte", False)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One arm under one way to exit."""
+
+    arm: str
+    exit: str
+    seeds: tuple[int, ...]
+    metric: Interval
+    success: Interval | None
+    steps: Interval
+    useful_flops: Interval
+    spent_flops: Interval
+    gap: Interval
+    """Loss of run-on training minus that of frozen inference, nats."""
+    versus: Interval | None
+    """Difference to the frontier of fixed depths at equal inference FLOPs, paired by seed."""
+    versus_why: str
+    """Why there is none: a fixed depth itself, "outside", or no fixed depth to compare with."""
+    extrapolation: Interval | None
+    training_flops: float
+    training_ratio: float
+    """To the first arm of the table."""
+    seconds: float
+    parameters: int
+    training_steps: int
+    is_fixed: bool
+    is_default: bool
+    """The first exit of its rule."""
+
+
+class Difficulty(NamedTuple):
+    """One label of the headline split or of extrapolation."""
+
+    split: str
+    difficulty: int
+    arm: str
+    metric: Interval
+    steps: Interval
+    examples: int
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    split: str
+    metric: Metric
+    threshold: float
+    lines: tuple[Line, ...]
+    difficulties: tuple[Difficulty, ...]
+    difficulty_name: str
+    matched_training: bool
+    commits: tuple[str, ...]
+    hardware: tuple[str, ...]
+    cost: str
+    notes: tuple[str, ...]
+
+
+def make(
+    runs: Sequence[Run],
+    *,
+    threshold: float = 0.95,
+    arms: Sequence[str] | None = None,
+    notes: Iterable[str] = (),
+    title: str = "",
+) -> Table:
+    """The table of runs of one task. `arms` gives their order, by default that of the runs."""
+    order = list(dict.fromkeys(run.arm for run in runs))
+    order = [arm for arm in arms if arm in order] if arms is not None else order
+    by_arm = {arm: [run for run in runs if run.arm == arm] for arm in order}
+    metric = BITS if any("bits_per_byte" in row for run in runs for row in run.evaluations) else ACCURACY
+    splits = {row["split"] for run in runs for row in run.evaluations}
+    split = "test" if "test" in splits else "validation"
+    # Fixed depths have one exit; their rows make the frontier.
+    depths = [points(of_arm, metric, split, exits(of_arm)[0]) for arm, of_arm in by_arm.items() if is_fixed(arm)]
+    frontier = statistics.frontier(depths, metric.higher_is_better)
+    reference = _mean(run.training_flops for run in by_arm[order[0]])
+    lines = [
+        _line(arm, of_arm, exit, metric, split, threshold, frontier, reference)
+        for arm, of_arm in by_arm.items()
+        for exit in exits(of_arm)
+    ]
+    costs = [_mean(run.training_flops for run in of_arm) for of_arm in by_arm.values()]
+    hardware = tuple(dict.fromkeys(run.hardware for run in runs))
+    return Table(
+        title=title,
+        split=split,
+        metric=metric,
+        threshold=threshold,
+        lines=tuple(lines),
+        difficulties=tuple(_difficulties(by_arm, metric, split)),
+        difficulty_name=runs[0].difficulty_name,
+        matched_training=statistics.matched(costs),
+        commits=tuple(dict.fromkeys(run.commit for run in runs)),
+        hardware=hardware,
+        cost=_cost(runs),
+        notes=tuple(notes),
+    )
+
+
+def is_fixed(arm: str) -> bool:
+    """Whether an arm thinks the same number of steps always. A run's own name may lead with the experiment's."""
+    return arm.startswith(FIXED) or f"-{FIXED}" in arm
+
+
+def exits(runs: Sequence[Run]) -> list[str]:
+    """Ways to exit, the default first."""
+    return list(dict.fromkeys(row["exit"] for run in runs for row in run.evaluations))
+
+
+def points(runs: Sequence[Run], metric: Metric, split: str, exit: str) -> dict[int, Point]:
+    """By seed: useful inference FLOPs per example, and the headline metric."""
+    return {
+        seed: Point(row["useful_flops"], row[metric.field]) for seed, row in _evaluations(runs, split, exit).items()
+    }
+
+
+def claims(table: Table) -> list[str]:
+    """What the paired intervals allow to be said, one sentence an arm."""
+    said = []
+    for line in table.lines:
+        if line.is_fixed:
+            continue
+        who = f"{line.arm}, exit {line.exit}:"
+        if line.versus is None:
+            said.append(f"{who} no comparison with fixed depth ({line.versus_why}).")
+        elif line.versus.excludes_zero:
+            word = "better" if table.metric.sign * line.versus.mean > 0 else "worse"
+            said.append(
+                f"{who} {word} than fixed depth at equal inference FLOPs by {abs(line.versus.mean):.4f} "
+                f"{table.metric.name} (95 % interval {line.versus.low:+.4f} to {line.versus.high:+.4f}, "
+                f"n = {line.versus.n})."
+            )
+        else:
+            said.append(f"{who} no difference to fixed depth at equal inference FLOPs is shown (n = {line.versus.n}).")
+    return said
+
+
+def _line(
+    arm: str,
+    runs: Sequence[Run],
+    exit: str,
+    metric: Metric,
+    split: str,
+    threshold: float,
+    frontier: statistics.Frontier,
+    reference: float,
+) -> Line:
+    rows = _evaluations(runs, split, exit)
+    beyond = _evaluations(runs, "extrapolation", exit)
+    values = [row[metric.field] for row in rows.values()]
+    versus, why = None, "fixed depth"
+    if not is_fixed(arm):
+        versus = statistics.above_frontier(frontier, points(runs, metric, split, exit))
+        why = "" if versus else "outside" if frontier.knots.keys() & rows.keys() else "no fixed depth of these seeds"
+
+    def interval(of: Callable[[dict[str, Any]], float]) -> Interval:
+        return statistics.mean_interval(of(row) for row in rows.values())
+
+    flops = _mean(run.training_flops for run in runs)
+    return Line(
+        arm=arm,
+        exit=exit,
+        seeds=tuple(rows),
+        metric=interval(lambda row: row[metric.field]),
+        success=statistics.success_rate(values, threshold) if metric.higher_is_better else None,
+        steps=interval(lambda row: row["steps"]),
+        useful_flops=interval(lambda row: row["useful_flops"]),
+        spent_flops=interval(lambda row: row["spent_flops"]),
+        gap=interval(lambda row: row["run_on_loss"] - row["loss"]),
+        versus=versus,
+        versus_why=why,
+        extrapolation=statistics.mean_interval(row[metric.field] for row in beyond.values()) if beyond else None,
+        training_flops=flops,
+        training_ratio=flops / reference,
+        seconds=_mean(run.train_seconds for run in runs),
+        parameters=runs[0].parameters,
+        training_steps=runs[0].training_steps,
+        is_fixed=is_fixed(arm),
+        is_default=exit == exits(runs)[0],
+    )
+
+
+def _difficulties(by_arm: dict[str, list[Run]], metric: Metric, split: str) -> Iterable[Difficulty]:
+    for part in dict.fromkeys((split, "extrapolation")):
+        for arm, runs in by_arm.items():
+            groups: dict[int, list[dict[str, Any]]] = {}
+            for row in _evaluations(runs, part, exits(runs)[0]).values():
+                for group in row["by_difficulty"]:
+                    groups.setdefault(group["difficulty"], []).append(group)
+            for label, found in sorted(groups.items()):
+                values = [group["accuracy"] if metric is ACCURACY else group["loss"] / math.log(2) for group in found]
+                steps = statistics.mean_interval(group["steps"] for group in found)
+                yield Difficulty(
+                    part, label, arm, statistics.mean_interval(values), steps, sum(group["examples"] for group in found)
+                )
+
+
+def _evaluations(runs: Sequence[Run], split: str, exit: str) -> dict[int, dict[str, Any]]:
+    return {run.seed: row for run in runs for row in run.evaluations if row["split"] == split and row["exit"] == exit}
+
+
+def _cost(runs: Sequence[Run]) -> str:
+    totals: dict[str, float] = {}
+    for run in runs:
+        unit = unit_of_cost(run.hardware)
+        totals[unit] = totals.get(unit, 0.0) + run.cost_seconds / 3600
+    return ", ".join(f"{hours:.2f} {unit}" for unit, hours in totals.items())
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
