@@ -167,6 +167,7 @@ class Checkpoints:
         Raises:
           UserError: every step is damaged; a step of another model shape or format.
         """
+        self.wait()
         for name in _unfinished(self.directory):
             log.warning("checkpoint %s was never finished: ignored", name)
         damaged: list[tuple[int, str]] = []
@@ -206,7 +207,7 @@ class Checkpoints:
     def _opened(self) -> Any:
         if self._manager is None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            logging.getLogger("absl").addFilter(_not_a_background_traceback)
+            _hush_background_threads()
             scores = {step: _score(self.directory, step) for step in self.steps()}
             self._scores = {step: score for step, score in scores.items() if score is not None}
             self._manager = orbax.CheckpointManager(
@@ -346,10 +347,13 @@ def _read(folder: epath.Path, abstract_state: State, partial: bool = False) -> t
     args = orbax.args.PyTreeRestore(
         wanted, restore_args=orbax.checkpoint_utils.construct_restore_args(wanted), partial_restore=partial
     )
+    _hush_background_threads()
     try:
         with orbax.Checkpointer(orbax.CompositeCheckpointHandler()) as reader:
             leaves = reader.restore(folder, args=orbax.args.Composite(state=args)).state
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (MemoryError, jax.errors.JaxRuntimeError):  # the device's trouble, not the file's
+        raise
+    except Exception as error:  # by what is broken orbax raises OSError, ValueError, KeyError, or plain Exception
         raise _Damaged(f"its state is unreadable ({_first_line(error)})") from error
     for name, checksum in zip(leaves, checksums(leaves.values()), strict=True):
         if checksum != record["leaves"][name]["checksum"]:
@@ -392,8 +396,13 @@ def _storage_failure(error: Exception) -> str | None:
     return None
 
 
-def _not_a_background_traceback(record: logging.LogRecord) -> bool:
-    """Orbax logs a failed write with its traceback, and then raises it: here as one line."""
+def _hush_background_threads() -> None:
+    """Orbax's threads log a failure with its traceback before it is raised to us, who tell it in one line."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_from_orbax)
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
     traceback = record.exc_info[2] if record.exc_info else None
     return traceback is None or "orbax" not in traceback.tb_frame.f_code.co_filename
 
