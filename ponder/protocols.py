@@ -69,7 +69,7 @@ class Trajectory(Protocol):
     steps: int  # K
 
     def context(self, segments: Int[jax.Array, "B T"], positions: Int[jax.Array, "B T"]) -> Any:
-        """What a lane sees of the others, for full sequences. A pytree; `None` where lanes do not look at each other."""
+        """What a lane sees of the others, for full sequences. A pytree; `None` where it sees none of them."""
 
     def embed(self, inputs: jax.Array) -> jax.Array:
         """Token ids or values to the injected input, `[*n, D]`."""

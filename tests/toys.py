@@ -81,11 +81,12 @@ class Attending(Tanh):
         return moved, context._replace(shown=shown)
 
 
-class Scripted:
+class Scripted(Tanh):
     """The state at step k is k, and the halting logit is read from a table [K, *n]."""
 
     def __init__(self, halting: jax.Array):
-        self.halting, self.steps = halting, halting.shape[0]
+        super().__init__({}, halting.shape[0])
+        self.halting = halting
 
     def step(self, state: jax.Array, x: Any, k: Any, context: Any, running: Any, key: Any) -> tuple[Any, Any]:
         return state + 1.0, context

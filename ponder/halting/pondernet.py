@@ -56,8 +56,7 @@ class PonderNet:
             raise UserError(f"beta of PonderNet is {self.beta}: it must be finite and not negative")
         if not 0 < self.quantile < 1:
             raise UserError(f"quantile of PonderNet is {self.quantile}: it must lie between 0 and 1")
-        if self.exit not in self.exits:
-            raise UserError(f"PonderNet has no exit {self.exit!r}: it has {' and '.join(map(repr, self.exits))}")
+        self._check_exit(self.exit)
 
     @property
     def cost_weight(self) -> float:
@@ -69,7 +68,12 @@ class PonderNet:
 
     def exiting(self, exit: str) -> PonderNet:
         """The same rule with another exit. Raises UserError on an unknown name."""
+        self._check_exit(exit)
         return replace(self, exit=cast(Exit, exit))
+
+    def _check_exit(self, exit: str) -> None:
+        if exit not in self.exits:
+            raise UserError(f"PonderNet has no exit {exit!r}: it has {' and '.join(map(repr, self.exits))}")
 
     def init(self, lanes: tuple[int, ...], steps: int) -> Memory:
         """All mass remains."""
