@@ -87,6 +87,16 @@ def test_a_half_prepared_cache_is_made_anew(damage: str, tmp_path: Path) -> None
     assert not list(folder.glob("incomplete*"))
 
 
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    load(ADDITION, "train", tmp_path)
+    shard = next(tmp_path.rglob("*train.array_record*"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 16
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=r"the prepared data in .* are damaged: delete that folder"):
+        load(ADDITION, "train", tmp_path)
+
+
 def test_two_processes_at_once_prepare_once(tmp_path: Path) -> None:
     code = f"""
 import hashlib, sys

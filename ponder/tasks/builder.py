@@ -81,12 +81,16 @@ def load(task: Task, split: str, cache_dir: str | Path | None = None) -> Rows:
     """All rows of a split, in memory (7 to 13 bytes a token), prepared first if need be.
 
     Raises:
-      UserError: the task has no such split, or as `prepare`.
+      UserError: the task has no such split, the prepared data are damaged, or as `prepare`.
     """
     if split not in task.splits:
         raise UserError(f'{type(task).__name__} has no split "{split}": it has {", ".join(task.splits)}')
-    source = prepare(task, cache_dir).as_data_source(split)
-    blocks = [source[i] for i in range(len(source))]
+    builder = prepare(task, cache_dir)
+    source = builder.as_data_source(split)
+    try:
+        blocks = [source[i] for i in range(len(source))]
+    except RuntimeError as error:  # array_record checks every block's hash
+        raise UserError(f"the prepared data in {builder.data_path} are damaged: delete that folder") from error
     return Rows(*(np.concatenate([block[name] for block in blocks]) for name in Rows._fields))
 
 
