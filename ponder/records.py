@@ -34,8 +34,8 @@ _PACKAGE = Path(__file__).resolve().parent
 
 # Modules that cannot change a number: how a run is started, kept, shown and compared.
 _LOOKS = (
-    *("ablate", "bench", "checkpoint", "checksum", "cli", "errors", "lock", "memory", "preemption"),
-    *("profiling", "records", "report", "reporting", "runlog", "serialization", "statistics", "writers"),
+    *("ablate", "bench", "checkpoint", "checksum", "cli", "errors", "jobs", "lock", "memory"),
+    *("preemption", "profiling", "records", "report", "reporting", "runlog", "serialization", "statistics", "writers"),
 )
 # Fields of the configuration that cannot change a number.
 _LOOK_FIELDS = ("logging", "name", "checkpoint.every_steps", "checkpoint.keep_last")

@@ -25,7 +25,7 @@ FLOORS = (
     "evaluation optim profiling program step",
     "recipes",
     "runlog",
-    "cli reporting",
+    "cli jobs reporting",
     "ablate bench report train",
 )
 LEVELS = {name: level for level, names in enumerate(FLOORS) for name in names.split()}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ponder import statistics
+from ponder.errors import UserError
 from ponder.reporting.runs import Run, unit_of_cost
 from ponder.statistics import Interval, Point
 
@@ -100,8 +101,7 @@ def make(
     order = [arm for arm in arms if arm in order] if arms is not None else order
     by_arm = {arm: [run for run in runs if run.arm == arm] for arm in order}
     metric = BITS if any("bits_per_byte" in row for run in runs for row in run.evaluations) else ACCURACY
-    splits = {row["split"] for run in runs for row in run.evaluations}
-    split = "test" if "test" in splits else "validation"
+    split = _headline_split(runs)
     # Fixed depths have one exit; their rows make the frontier.
     depths = [points(of_arm, metric, split, exits(of_arm)[0]) for arm, of_arm in by_arm.items() if is_fixed(arm)]
     frontier = statistics.frontier(depths, metric.higher_is_better)
@@ -229,6 +229,13 @@ def _difficulties(by_arm: dict[str, list[Run]], metric: Metric, split: str) -> I
 
 def _evaluations(runs: Sequence[Run], split: str, exit: str) -> dict[int, dict[str, Any]]:
     return {run.seed: row for run in runs for row in run.evaluations if row["split"] == split and row["exit"] == exit}
+
+
+def _headline_split(runs: Sequence[Run]) -> str:
+    for split in ("test", "validation"):
+        if all(any(row["split"] == split for row in run.evaluations) for run in runs):
+            return split
+    raise UserError("these runs have neither test nor validation rows in common: train them with the same splits")
 
 
 def _cost(runs: Sequence[Run]) -> str:
