@@ -20,7 +20,8 @@ train: $(STAMP)  ## train one model on addition; run it again to go on
 	$(RUN) ponder.train --config=experiments/addition.py --workdir=runs/addition
 
 table: $(STAMP)  ## fixed depth, ACT and PonderNet on addition, as a table
-	$(RUN) ponder.ablate --config=experiments/addition.py --workdir=runs/table --output=runs/table --seeds=1 --jobs=2
+	$(RUN) ponder.ablate --config=experiments/addition.py --output=runs/table \
+	  --arms=fixed4,act,pondernet --seeds=1 --jobs=2
 
 test: $(STAMP)  ## the tests, save the slow ones
 	$(RUN) pytest -n 2 -m "not slow"

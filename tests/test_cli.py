@@ -221,27 +221,32 @@ def test_missing_words_are_named(experiment: str, tmp_path: Path) -> None:
 MAIN = """
 '''A toy main.'''
 import os, sys
-import test_cli
+from dataclasses import dataclass
 from ponder import cli, errors
+
+@dataclass(frozen=True)
+class Options:
+    workdir: str
+    '''Where.'''
+    jobs: int = 1
+
 def body(config, options):
-    if options.jobs == 1: print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], "jax" in sys.modules)
+    if options.jobs == 1: print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], __spec__.name, "jax" in sys.modules)
     if options.jobs == 2: raise errors.UserError("too many jobs")
     if options.jobs == 3: raise KeyboardInterrupt
     if options.jobs == 4: raise errors.DivergedError("loss is nan at step 3")
     if options.jobs == 5: return 7
+
+if __name__ == "__main__":
+    cli.main(body, options=Options, doc=__doc__)
 """
 
 
-def start(*words: str, module: str = "toy_main", folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    options = MAIN + "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Options:\n"
-    options += "    workdir: str\n    '''Where.'''\n    jobs: int = 1\n"
-    options = options.replace("import test_cli\n", "")
-    (folder / "toy_main.py").write_text(
-        options + "if __name__ == '__main__':\n    cli.main(body, options=Options, doc=__doc__)\n"
-    )
+def start(*words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    (folder / "toy_main.py").write_text(MAIN)
     kept = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "PONDER_MALLOC")}
     return subprocess.run(
-        [sys.executable, "-m", module, *words],
+        [sys.executable, "-m", "toy_main", *words],
         cwd=folder,
         env=kept | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
@@ -274,10 +279,10 @@ def test_the_allocator_setting_acts_once_and_keeps_the_command(tmp_path: Path) -
         pytest.skip("no glibc with huge pages here")
     words = [f"--config={experiment_file.write(tmp_path)}:seed=3", "--workdir=a b"]
     setting = memory.SETTING
-    assert start(*words, folder=tmp_path).stdout == f"{setting} {words} False\n"
-    assert start(*words, folder=tmp_path, PONDER_MALLOC="default").stdout == f"None {words} False\n"
+    assert start(*words, folder=tmp_path).stdout == f"{setting} {words} toy_main False\n"
+    assert start(*words, folder=tmp_path, PONDER_MALLOC="default").stdout == f"None {words} toy_main False\n"
     mine = "glibc.malloc.hugetlb=0"
-    assert start(*words, folder=tmp_path, GLIBC_TUNABLES=mine).stdout == f"{mine} {words} False\n"
+    assert start(*words, folder=tmp_path, GLIBC_TUNABLES=mine).stdout == f"{mine} {words} toy_main False\n"
 
 
 @pytest.mark.parametrize(
@@ -354,7 +359,7 @@ def test_help_with_an_experiment_is_light(file: str) -> None:
 
 def test_help_shows_fields_defaults_and_docstrings(tmp_path: Path) -> None:
     path = experiment_file.write(tmp_path)
-    start(folder=tmp_path)  # writes the main
+    (tmp_path / "toy_main.py").write_text(MAIN)
     text = help_text("toy_main", f"--config={path}:arm=hasty", "--config.rule.beta=0.25", "--help", folder=tmp_path)
     for line in (
         "A toy main.",

@@ -77,6 +77,7 @@ def test_every_arm_of_every_experiment_goes_round(file: Path) -> None:
         (["optim", "lrr"], 1.0, r"^unknown config.optim.lrr; nearest: lr$"),
         (["optim", "lr"], "fast", r'^config.optim.lr is "fast", expected a number$'),
         (["optim", "lr"], True, r"^config.optim.lr is true, expected a number$"),
+        (["training", "steps"], True, r"^config.training.steps is true, expected a whole number$"),
         (["training", "steps"], 1.5, r"^config.training.steps is 1.5, expected a whole number$"),
         (["optim", "schedule"], "step", r'^config.optim.schedule is "step", expected one of constant'),
         (
@@ -192,7 +193,7 @@ def test_more_steps_do_not_bend_the_learning_rate(config: Config, tmp_path: Path
 # --- where a number came from -----------------------------------------------------------------------------------------
 
 
-def test_run_key_changes_with_what_can_change_a_number(config: Config) -> None:
+def test_run_key_changes_with_what_can_change_a_number(monkeypatch, config: Config) -> None:
     key = records.run_key(config)
     assert re.fullmatch(r"[0-9a-f]{16}", key)
     same = changed(config, logging={"every_steps": 3}, checkpoint={"every_steps": 3, "keep_last": 5})
@@ -205,6 +206,8 @@ def test_run_key_changes_with_what_can_change_a_number(config: Config) -> None:
         changed(config, task={"length": 9}),
     ]
     assert len({key, *map(records.run_key, others)}) == 6
+    monkeypatch.setattr(records, "code_hash", lambda: "other")
+    assert records.run_key(config) != key
 
 
 def test_run_key_is_the_same_in_another_process(config: Config, tmp_path: Path) -> None:
