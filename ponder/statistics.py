@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from etils import epy
+
+with epy.lazy_imports():  # over a second: `--help` does without
+    from scipy import stats
 
 CONFIDENCE = 0.95
 

@@ -323,7 +323,7 @@ try:
     runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
 except SystemExit as exit:
     assert not exit.code, exit.code
-heavy = {{"jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "matplotlib.pyplot"}}
+heavy = {{"jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "matplotlib.pyplot", "scipy.stats"}}
 print("loaded:", *heavy & set(sys.modules))
 """
 
