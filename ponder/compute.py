@@ -91,7 +91,7 @@ def scores(heads: Number, head_size: Number, keys: Number) -> Cost:
     """Both matmuls of attention, softmax, mask and scaling, a query."""
     matmul = 2 * heads * head_size * keys
     forward, backward = 2 * matmul, 4 * matmul
-    return Cost(forward + heads * (5 * keys + 2 * head_size), backward + heads * (7 * keys + 2 * head_size))
+    return Cost(forward + heads * (5 * keys + 2 * head_size), backward + heads * (2 * keys + 4 * head_size))
 
 
 def swiglu(size: Number) -> Cost:

@@ -19,6 +19,10 @@ class ModelConfig:
     """Whether the model has a halting head. Without one it can only run a rule that needs nothing."""
     halting_bias: float = 0.0
     """Initial bias of the halting logit. Negative: long thinking at the start."""
+    unroll: bool = True
+    """Write layers and steps out in the program (faster on CPU) or scan over them (compiles faster)."""
+    remat: bool = False
+    """Recompute a core step in the backward pass instead of keeping its activations."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,6 @@ class Transformer(ModelConfig):
     causal: bool = True
     tied_embeddings: bool = False
     rope_theta: float = 10_000.0
-    unroll: bool = True
-    """Write layers and steps out in the program (faster on CPU) or scan over them (compiles faster)."""
-    remat: bool = False
-    """Recompute a core step in the backward pass instead of keeping its activations."""
     attention: Backend = "xla"
 
 
@@ -61,5 +61,3 @@ class Recurrent(ModelConfig):
 
     cell: Literal["rnn", "gru"] = "gru"
     d_model: int = 128
-    unroll: bool = True
-    remat: bool = False

@@ -1,0 +1,243 @@
+"""Throughput.
+
+    python -m ponder.bench train [--repeats=5] [--output=F] [--peer="PYTHON benchmarks/hf_llama.py"]
+
+train: tokens per second, compile time, memory and achieved FLOP/s of a whole training step (forward, backward, AdamW)
+of one decoder: width 256, 6 layers, 4 heads, SwiGLU 704, 512 tokens, sequence 128, batch 32, fp32. The row `unrolled`
+is the headline. `scanned` is the same model with a scan over its layers; `looped` is one tied layer used six times,
+written out, and `looped scanned` the same in a scan. All rows, and the peer, take turns in one run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import rich
+import rich.table
+import tyro
+from etils import epath, epy
+
+from ponder import cli, compute, records
+from ponder.config import Config, Training
+from ponder.data.batch import Batch
+from ponder.errors import UserError
+from ponder.halting.fixed import Fixed
+from ponder.models.config import Transformer
+from ponder.tasks.task import Shape, Task
+
+with epy.lazy_imports():  # `--help` needs none of these
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
+
+    from ponder import models, profiling
+    from ponder.objectives import ponder as objective
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    command: tyro.conf.Positional[Literal["train"]]
+    """What to measure."""
+    repeats: int = 5
+    """Turns of each row; the table shows the median and the range."""
+    calls: int = 2
+    """Training steps a turn."""
+    output: str | None = None
+    """Write the rows as JSON here."""
+    peer: str | None = None
+    """Command of a twin that takes turns with the rows; see benchmarks/hf_llama.py."""
+
+
+@dataclass(frozen=True)
+class Tokens(Task):
+    """The shape of a language task, without data."""
+
+    vocabulary: int = 512
+    length: int = 128
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.vocabulary, self.length, self.vocabulary, "token")
+
+
+DECODER = Config(
+    task=Tokens(),
+    model=Transformer(
+        steps=1, d_model=256, heads=4, mlp_size=704, prelude_layers=0, core_layers=6, inject=False, halting_head=False
+    ),
+    rule=Fixed(),
+    training=Training(batch_size=32),
+)
+LOOPED = replace(DECODER.model, core_layers=1, steps=6)
+ROWS = {
+    "unrolled": DECODER,
+    "scanned": replace(DECODER, model=replace(DECODER.model, unroll=False)),
+    "looped": replace(DECODER, model=LOOPED),
+    "looped scanned": replace(DECODER, model=replace(LOOPED, unroll=False)),
+}
+
+
+def training_step(config: Config) -> tuple[Callable[[], Any], Row]:
+    """A function that runs one training step on its own state, and what its compilation cost."""
+    shape, rows = config.task.shape, config.training.batch_size
+    graph, params = nnx.split(models.build(config.model, shape, jax.random.key(0)), nnx.Param)
+    params = nnx.to_pure_dict(params)
+    optimizer = optax.adamw(1e-3, b2=0.95)
+    row = jnp.ones((rows, shape.length), jnp.int32)
+    tokens = jax.random.randint(jax.random.key(1), (rows, shape.length + 1), 0, shape.vocabulary)
+    batch = Batch(
+        inputs=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        weights=jnp.ones(row.shape, jnp.float32),
+        difficulty=jnp.zeros_like(row),
+        segments=row,
+        positions=jnp.broadcast_to(jnp.arange(shape.length)[None], row.shape),
+    )
+
+    def loss(params: Any, batch: Batch) -> jax.Array:
+        model, key = nnx.merge(graph, params), jax.random.key(0)
+        return objective.ponder_loss(model, config.rule, batch, key, freeze=False, unroll=config.model.unroll)[0]
+
+    def step(params: Any, moments: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
+        value, gradients = jax.value_and_grad(loss)(params, batch)
+        updates, moments = optimizer.update(gradients, moments, params)
+        return optax.apply_updates(params, updates), moments, value
+
+    state = [params, optimizer.init(params)]
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state, batch).compile()
+    cost = {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "compile_seconds": time.perf_counter() - start,
+        "temporary_bytes": profiling.temporary_bytes(compiled),
+    }
+
+    def run() -> jax.Array:
+        *state[:], value = compiled(*state, batch)
+        return value
+
+    return run, cost
+
+
+class Peer:
+    """A twin in another process: one line on its stdin asks for a turn, one JSON line on its stdout answers."""
+
+    def __init__(self, command: str):
+        try:
+            self._process = subprocess.Popen(
+                [*shlex.split(command), "--wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        except OSError as error:
+            raise UserError(f"--peer={command} does not start: {error}") from error
+        self._command = command
+        self.cost: Row = self._answer()
+
+    def turn(self, calls: int) -> profiling.Seconds:
+        assert self._process.stdin is not None
+        print(calls, file=self._process.stdin, flush=True)
+        answer = self._answer()
+        return profiling.Seconds(answer["wall"], answer["cpu"])
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> Row:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise UserError(f"--peer={self._command} ended with code {self._process.wait()} and no answer")
+        return json.loads(line)
+
+
+def bench_train(options: Options, configs: dict[str, Config] = ROWS) -> list[Row]:
+    """One row a configuration and the peer's, in the order of the table. Raises UserError where the peer fails."""
+    if options.repeats < 1 or options.calls < 1:
+        raise UserError("--repeats and --calls must be at least 1")
+    costs: dict[str, Row] = {}
+    turns: dict[str, Callable[[], profiling.Seconds]] = {}
+    for name, config in configs.items():
+        run, costs[name] = training_step(config)
+        jax.block_until_ready(run())
+        costs[name]["peak_bytes"] = profiling.peak_memory()
+        costs[name]["flops"] = compute.training_flops_per_step(config)
+        turns[name] = functools.partial(profiling.timed, run, options.calls)
+    peer = Peer(options.peer) if options.peer else None
+    if peer:
+        name = peer.cost.pop("name")
+        costs[name] = peer.cost | {"flops": compute.training_flops_per_step(DECODER)}
+        turns[name] = functools.partial(peer.turn, options.calls)
+    profiling.round_robin(turns, 1)
+    taken = profiling.round_robin(turns, options.repeats)
+    if peer:
+        peer.close()
+    tokens = DECODER.training.batch_size * DECODER.task.shape.length
+    headline = statistics.median(seconds.wall for seconds in taken[next(iter(configs))])
+    rows = []
+    for name, seconds in taken.items():
+        wall, cpu = (statistics.median(column) for column in zip(*seconds, strict=True))
+        rows.append(
+            {"name": name}
+            | costs[name]
+            | {
+                "tokens_per_second": tokens / wall,
+                "seconds": wall,
+                "seconds_least": min(second.wall for second in seconds),
+                "seconds_most": max(second.wall for second in seconds),
+                "cpu_seconds": cpu,
+                "flops_per_second": costs[name]["flops"] / wall,
+                "speed_of_headline": wall / headline,
+            }
+        )
+    return rows
+
+
+def show(rows: list[Row]) -> None:
+    table = rich.table.Table(
+        "row", "tok/s", "ms a step", "range", "CPU ms", "GFLOP/s", "compile s", "temp MiB", "peak MiB", "headline is"
+    )
+    for row in rows:
+        mebibytes = (f"{row[key] / 2**20:.0f}" if key in row else "-" for key in ("temporary_bytes", "peak_bytes"))
+        table.add_row(
+            row["name"],
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['seconds'] * 1e3:.0f}",
+            f"{row['seconds_least'] * 1e3:.0f}-{row['seconds_most'] * 1e3:.0f}",
+            f"{row['cpu_seconds'] * 1e3:.0f}",
+            f"{row['flops_per_second'] / 1e9:.0f}",
+            f"{row['compile_seconds']:.1f}" if "compile_seconds" in row else "-",
+            *mebibytes,
+            f"{row['speed_of_headline']:.2f} x",
+        )
+    rich.print(table)
+
+
+def body(options: Options) -> int:
+    # A cached program would make compile seconds a matter of luck.
+    jax.config.update("jax_enable_compilation_cache", False)
+    rows = bench_train(options)
+    show(rows)
+    if options.output:
+        about = {"hardware": records.hardware(), "versions": records.versions(), "commit": records.commit()}
+        path = epath.Path(options.output)
+        path.write_text(
+            json.dumps(about | {"allocator": os.environ.get("GLIBC_TUNABLES", "default"), "rows": rows}, indent=1)
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main(body, options=Options, doc=__doc__, takes="options")

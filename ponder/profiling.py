@@ -1,0 +1,53 @@
+"""Clocks and memory of compiled functions, taken the same way everywhere."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Seconds(NamedTuple):
+    """Of one call. `cpu` adds up all threads of the process."""
+
+    wall: float
+    cpu: float
+
+
+def timed(run: Callable[[], Any], calls: int) -> Seconds:
+    """Mean seconds of `calls` calls in a row, waiting for the last one's arrays."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        out = run()
+    jax.block_until_ready(out)
+    return Seconds((time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls)
+
+
+def round_robin(turns: Mapping[str, Callable[[], Seconds]], repeats: int) -> dict[str, list[Seconds]]:
+    """Each turn once, `repeats` times over: what disturbs the machine disturbs all of them, and ratios hold."""
+    taken: dict[str, list[Seconds]] = {name: [] for name in turns}
+    for _ in range(repeats):
+        for name, turn in turns.items():
+            taken[name].append(turn())
+    return taken
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_memory() -> int:
+    """Largest memory in use so far, bytes: of the first device where it keeps count, else resident memory."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats and "peak_bytes_in_use" in stats else peak_rss()
+
+
+def temporary_bytes(compiled: Any) -> int:
+    """Buffer that the compiled program asks for at each call, beside arguments and results."""
+    return compiled.memory_analysis().temp_size_in_bytes
