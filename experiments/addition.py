@@ -5,10 +5,7 @@ Table:  python -m ponder.ablate --config=experiments/addition.py --output=experi
 Quick:  python -m ponder.train  --config=experiments/addition.py:smoke --workdir=runs/addition_smoke
 """
 
-import dataclasses
-
 from ponder.config import Checkpointing, Config, Evaluation, Logging, Optim, Training
-from ponder.errors import UserError
 from ponder.halting.act import Act
 from ponder.halting.fixed import Fixed
 from ponder.halting.pondernet import PonderNet

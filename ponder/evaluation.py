@@ -35,6 +35,7 @@ class Sums(NamedTuple):
     steps: Float[Array, "D"]  # executed, summed over targets
     lanes: Float[Array, ""]  # every lane that is not padding, prompt included
     lane_steps: Float[Array, ""]
+    padding: Float[Array, ""]  # every other lane
     run_on_loss: Float[Array, ""]  # of the answer at the stop when stopped lanes run on, summed over targets
     expected_loss: Float[Array, ""]  # the training objective's task loss, summed over targets
 
@@ -50,7 +51,7 @@ Answers = dict[str, tuple[Sums, Lanes]]
 
 
 def make_evaluate_step(graphdef: Any, config: Config) -> Callable[[Any, Batch, jax.Array, Any], Answers]:
-    """`(params, batch, key, i) -> {exit: (Sums, Lanes)}`, one program for all exits. Batch i draws from `fold_in(key, i)`."""
+    """`(params, batch, key, i) -> {exit: (Sums, Lanes)}`, one program for all exits. Batch i: `fold_in(key, i)`."""
     difficulties = config.task.difficulties
     by_target = config.task.unit == "bits"
 
@@ -85,6 +86,7 @@ def make_evaluate_step(graphdef: Any, config: Config) -> Callable[[Any, Batch, j
                     steps=by_difficulty(frozen.steps),
                     lanes=jnp.sum(mask),
                     lane_steps=jnp.sum(frozen.steps * mask),
+                    padding=jnp.sum(1.0 - mask),
                     run_on_loss=jnp.sum(run_on.stop_loss * batch.weights),
                     expected_loss=jnp.sum(run_on.task_loss * batch.weights),
                 ),
@@ -127,53 +129,50 @@ class HeldOut:
         self._place = process_index, process_count
 
     def _batches(self, split: str, limit: int | None) -> Iterator[Batch]:
+        """This process's blocks, numpy."""
         config = self._run.config
         rows = feed.rows(config.task, split, self._cache_dir)
-        for batch in feed.evaluation_batches(rows, config.evaluation.batch_size, limit, *self._place):
-            yield self._run.put(batch, seeds=False)
+        return feed.evaluation_batches(rows, config.evaluation.batch_size, limit, *self._place)
 
     def evaluate(self, split: str, state: TrainState, step: int, limit: int | None) -> list[Row]:
         """Evaluation rows of metrics.jsonl, one for each exit and seed. `limit`: this many rows, None for all."""
         config, params = self._run.config, evaluated(state)
         totals: dict[str, Sums] = {}
+        length = 0
         for i, batch in enumerate(self._batches(split, limit)):
+            length = batch.inputs.shape[1]
+            batch = self._run.put(batch, seeds=False)
             for exit, (sums, _) in self._run.evaluate_step(params, batch, i).items():
                 sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
                 totals[exit] = jax.tree.map(np.add, totals[exit], sums) if exit in totals else sums
         return [
             {"kind": "evaluation", "step": step, "seed": config.seed + i, "split": split, "exit": exit}
-            | summarise(of_seed, config)
+            | summarise(of_seed, config, length)
             for exit in config.rule.exits  # the default first: jit gives a dict back in alphabetical order
             for i, of_seed in enumerate(unstack(totals[exit], config.seeds))
         ]
 
-    def traces(self, split: str, state: TrainState, rows: int) -> list[Row]:
-        """What the first `rows` rows of a split thought, by the rule's default exit (and the first seed)."""
+    def traces(self, split: str, state: TrainState, limit: int) -> list[Row]:
+        """What the first rows of a split thought, by the rule's default exit and the first seed. Process 0 has them."""
         config = self._run.config
         batch = next(self._batches(split, config.evaluation.batch_size))
-        answers = self._run.evaluate_step(evaluated(state), batch, 0)
-        steps, correct = next(unstack(answers[config.rule.exits[0]][1], config.seeds))
-        batch, steps, correct = jax.tree.map(np.asarray, (batch, steps, correct))
+        answers = self._run.evaluate_step(evaluated(state), self._run.put(batch, seeds=False), 0)
+        lanes = next(unstack(answers[config.rule.exits[0]][1], config.seeds))
+        steps, correct = np.asarray(lanes.steps), np.asarray(lanes.correct)
         found = []
-        for row in range(min(rows, len(batch.segments))):
-            real = batch.segments[row] > 0
-            if not real.any():
-                continue
-            inputs = batch.inputs[row][real].tolist()
-            of_lanes = lambda values, row=row, real=real: (
-                values[row][real].tolist() if values.ndim == 2 else [values[row].item()]
-            )
+        for row in range(min(limit, len(batch.segments))):
+            real = np.asarray(batch.segments[row]) > 0
+            own = real if batch.targets.ndim == 2 else ...
+            inputs = np.asarray(batch.inputs[row])[real].tolist()
+            columns = {"steps": steps, "correct": correct, "target": batch.weights > 0, "difficulty": batch.difficulty}
             found.append(
                 {
                     "split": split,
                     "tokens": [config.task.decode([i]) for i in inputs] if config.task.shape.vocabulary else inputs,
-                    "steps": of_lanes(steps),
-                    "correct": of_lanes(correct),
-                    "target": of_lanes(batch.weights > 0),
-                    "difficulty": of_lanes(batch.difficulty),
+                    **{name: np.atleast_1d(np.asarray(column[row])[own]).tolist() for name, column in columns.items()},
                 }
             )
-        return found
+        return [trace for trace in found if trace["tokens"]]
 
 
 def score(rows: list[Row]) -> float:
@@ -191,13 +190,18 @@ def unstack(tree: Any, seeds: int) -> Iterator[Any]:
         yield jax.tree.map(lambda leaf, seed=seed: leaf[seed], tree)
 
 
-def summarise(sums: Sums, config: Config) -> Row:
-    """One evaluation row out of totals. FLOPs are per example: useful ones end at each lane's own stop."""
+def summarise(sums: Any, config: Config, length: int) -> Row:
+    """One evaluation row out of totals over rows of `length`. FLOPs are per example; useful ones end at the stop."""
     examples, targets = sums.examples.sum(), sums.targets.sum()
     useful, spent = compute.inference_flops(
-        config, lanes=float(sums.lanes), lane_steps=float(sums.lane_steps), targets=float(targets)
+        config,
+        lanes=float(sums.lanes),
+        lane_steps=float(sums.lane_steps),
+        targets=float(targets),
+        length=length,
+        padding=float(sums.padding),
     )
-    row = {
+    row: Row = {
         "examples": int(examples),
         "targets": int(targets),
         "accuracy": float(sums.right.sum() / examples),

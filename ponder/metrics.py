@@ -39,7 +39,7 @@ class Meter:
         self._started += time.monotonic() - before
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Of one step, still on the device. Waits for the step before, so that the host stays one step ahead, not many."""
+        """Of one step, still on the device. Waits for the step before: the host stays one step ahead, not many."""
         self._window.append((step, metrics))
         if len(self._window) > 1:
             jax.block_until_ready(self._window[-2][1])
@@ -64,7 +64,7 @@ class Meter:
         ]
 
     def check(self, saved: int | None) -> None:
-        """Raises DivergedError, naming the first step whose loss or gradient is not finite, and the step `saved` last."""
+        """Raises DivergedError: names the first step whose loss or gradient is not finite, and the one `saved` last."""
         for step, metrics in self._window:
             for name in ("loss", "gradient_norm"):
                 if not np.isfinite(np.asarray(metrics[name])).all():

@@ -13,7 +13,7 @@ NOT_DECAYED = frozenset({"vocab"})  # embeddings: their rows are seen at very di
 
 
 def schedule(optim: Optim, total_steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then `optim.schedule` to `final_lr_fraction` of the peak, then constant."""
+    """Learning rate by step: linear warm-up, `optim.schedule` down to `final_lr_fraction` of the peak, constant."""
     decay_steps = max(1, (optim.decay_steps or total_steps) - optim.warmup_steps)
     final = optim.lr * optim.final_lr_fraction
     match optim.schedule:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,11 +33,10 @@ class Program:
     learning_rate: Callable[[int], Any]
     compiled: Callable[[], int]
     """How many times the train step has been compiled: once."""
-    parameters: int
-    """Of one model."""
+    abstract_model: Any  # the trajectory with shapes for parameters
 
     def put(self, batch: Batch, *, seeds: bool = True) -> Batch:
-        """This process's numpy block to global arrays. Training batches lead with a seed axis where there are several."""
+        """This process's numpy block to global arrays. Training batches of several seeds lead with that axis."""
         return sharding.put_batch(batch, self.mesh, seeds=seeds and self.config.seeds > 1)
 
     def model(self, params: Any) -> Any:
@@ -65,8 +63,9 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
     def make_model(key: jax.Array) -> Any:
         return models.build(config.model, shape, key, dtype)
 
-    graphdef, parameters = nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)
-    axes = logical_axes(parameters)
+    abstract_model = nnx.eval_shape(lambda: make_model(jax.random.key(0)))
+    graphdef, _ = nnx.split(abstract_model, nnx.Param)
+    axes = logical_axes(abstract_model)
     optimizer = make_optimizer(config.optim, config.training.steps, axes)
 
     # Three streams of one key a seed: initial parameters, training steps, evaluation.
@@ -77,8 +76,8 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
     abstract = jax.eval_shape(init, init_key)
     of_params = sharding.shardings(abstract.params, axes, mesh, seeds=several)
     whole = sharding.replicated(mesh)
-    shardings = TrainState(
-        step=whole,
+    shardings = TrainState(  # of shardings in place of arrays
+        step=whole,  # type: ignore[arg-type]
         params=of_params,
         optimizer=sharding.optimizer_shardings(optimizer, abstract.optimizer, of_params, mesh),
         average=None if abstract.average is None else of_params,
@@ -103,8 +102,8 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
         train_step=lambda state, batch: train_step(state, batch, train_key),
         evaluate_step=lambda params, batch, i: evaluate_step(params, batch, evaluation_key, i),
         learning_rate=schedule(config.optim, config.training.steps),
-        compiled=train_step._cache_size,
-        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters)),
+        compiled=train_step._cache_size,  # type: ignore[attr-defined]
+        abstract_model=abstract_model,
     )
 
 

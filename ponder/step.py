@@ -20,7 +20,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 class TrainState(NamedTuple):
-    """Everything that a checkpoint must hold to go on bit by bit, save the place in the data. No RNG state: keys are derived."""
+    """All that a checkpoint needs to go on bit by bit, save the place in the data. No RNG state: keys are derived."""
 
     step: Int[Array, ""]
     params: Parameters

@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from etils import epath, epy
 
-from ponder import cli, compute, records
+from ponder import cli, compute, models, records
 from ponder.config import Config, Mesh, validate
 
 with epy.lazy_imports():  # `--help` needs none of these
     import jax
 
     from ponder import checkpoint, evaluation, lock, metrics, preemption, program, runlog, sharding
-    from ponder.data import feed
     from ponder import step as steps
+    from ponder.data import feed
 
 if TYPE_CHECKING:
     from ponder.step import TrainState
@@ -100,7 +100,6 @@ def train(
                 for step in range(first + 1, config.training.steps + 1):
                     state, measured = run.train_step(state, run.put(next(batches)))
                     meter.add(step, measured)
-                    log.advance(step)
                     leave = leaving.reached(step)
                     last = leave or step == config.training.steps
                     if last or step % config.logging.every_steps == 0:
@@ -145,7 +144,7 @@ def finish(
             "commit": records.commit(),
             "hardware": records.hardware(),
             "versions": records.versions(),
-            "parameters": run.parameters,
+            "parameters": sum(row.parameters for row in models.table(run.abstract_model)),
             "training_steps": config.training.steps,
             "training_flops": config.training.steps * compute.training_flops_per_step(config),
             "train_seconds": seconds,
@@ -153,9 +152,9 @@ def finish(
         }
         for i in range(config.seeds)
     ]
+    traces = held_out.traces("validation", state, TRACES)
     if jax.process_index() == 0:
         records.write_whole(folder / "results.json", json.dumps(results, indent=1))
-        traces = held_out.traces("validation", state, TRACES)
         records.write_whole(folder / "traces.jsonl", "".join(json.dumps(row) + "\n" for row in traces))
     log.finish(results)
     return results

@@ -1,0 +1,50 @@
+"""bAbI tasks 1, 2, 6, 9, 15 and 16 jointly: do questions that need more facts get more steps?
+
+Run:    python -m ponder.train  --config=experiments/babi.py:arm=pondernet --workdir=runs/babi
+Table:  python -m ponder.ablate --config=experiments/babi.py --output=experiments/results/babi --jobs=2
+Quick:  python -m ponder.train  --config=experiments/babi.py:smoke --workdir=runs/babi_smoke
+"""
+
+from ponder import compute
+from ponder.config import Checkpointing, Config, Evaluation, Logging, Optim, Training
+from ponder.halting.act import Act
+from ponder.halting.fixed import Fixed
+from ponder.halting.pondernet import PonderNet
+from ponder.models.config import Transformer
+from ponder.tasks.babi import Babi
+
+ARMS = ("fixed4", "act", "pondernet", "fixed1", "fixed2", "fixed3")
+SEEDS = 3
+STEPS = 4  # K of the arms that halt
+
+
+def get_config(arm: str = "pondernet", seed: int = 0, smoke: bool = False) -> Config:
+    """`arm`: fixedK (K steps always), act or pondernet. All train for the FLOPs that pondernet needs."""
+    return compute.matched(of_arm(arm, seed, smoke), of_arm("pondernet", seed, smoke))
+
+
+def of_arm(arm: str, seed: int, smoke: bool) -> Config:
+    halts = {"act": Act(tau=0.005), "pondernet": PonderNet(prior=0.4, beta=0.01)}
+    depth = STEPS if arm in halts else int(arm.removeprefix("fixed"))
+    return Config(
+        name=f"babi-{arm}",
+        task=Babi(tasks=(1, 15) if smoke else (1, 2, 6, 9, 15, 16), size="1k" if smoke else "10k"),
+        model=Transformer(
+            steps=depth,
+            d_model=32 if smoke else 128,
+            heads=4,
+            prelude_layers=1,
+            core_layers=1,
+            kv="first",
+            halting_head=arm in halts,
+        ),
+        rule=halts.get(arm, Fixed()),
+        optim=Optim(lr=1e-3, warmup_steps=100, weight_decay=0.1),
+        training=Training(batch_size=8 if smoke else 32, steps=30 if smoke else 4000),
+        evaluation=Evaluation(
+            every_steps=15 if smoke else 250, rows=16 if smoke else 256, batch_size=16 if smoke else 64
+        ),
+        checkpoint=Checkpointing(every_steps=15 if smoke else 250),
+        logging=Logging(every_steps=5 if smoke else 50),
+        seed=seed,
+    )

@@ -1,0 +1,47 @@
+"""Parity of 16-vectors, the task of ACT and PonderNet: is learned halting worth more than a fixed number of steps?
+
+Run:    python -m ponder.train  --config=experiments/parity.py:arm=pondernet --workdir=runs/parity
+Table:  python -m ponder.ablate --config=experiments/parity.py --output=experiments/results/parity --jobs=2
+Quick:  python -m ponder.train  --config=experiments/parity.py:smoke --workdir=runs/parity_smoke
+"""
+
+from ponder import compute
+from ponder.config import Checkpointing, Config, Evaluation, Logging, Optim, Training
+from ponder.halting.act import Act
+from ponder.halting.fixed import Fixed
+from ponder.halting.pondernet import PonderNet
+from ponder.models.config import Recurrent
+from ponder.tasks.parity import Parity
+
+ARMS = ("fixed12", "act", "pondernet", "fixed2", "fixed4", "fixed8")
+SEEDS = 5
+STEPS = 12  # K of the arms that halt
+
+
+def get_config(
+    arm: str = "pondernet", seed: int = 0, n: int = 16, max_train_nonzero: int | None = None, smoke: bool = False
+) -> Config:
+    """`arm`: fixedK (K steps always), act or pondernet. All train for the FLOPs that pondernet needs."""
+    config = of_arm(arm, seed, n, max_train_nonzero, smoke)
+    return compute.matched(config, of_arm("pondernet", seed, n, max_train_nonzero, smoke))
+
+
+def of_arm(arm: str, seed: int, n: int, max_train_nonzero: int | None, smoke: bool) -> Config:
+    halts = {"act": Act(tau=0.001), "pondernet": PonderNet(prior=0.2, beta=0.01)}
+    depth = STEPS if arm in halts else int(arm.removeprefix("fixed"))
+    return Config(
+        name=f"parity-{arm}",
+        task=Parity(
+            n=8 if smoke else n,
+            max_train_nonzero=None if smoke else max_train_nonzero,
+            train_rows=20_000 if smoke else 500_000,
+        ),
+        model=Recurrent(steps=depth, cell="gru", d_model=128, halting_head=arm in halts),
+        rule=halts.get(arm, Fixed()),
+        optim=Optim(lr=1e-3, schedule="cosine", warmup_steps=100, b2=0.999),
+        training=Training(batch_size=128, steps=100 if smoke else 14_000),
+        evaluation=Evaluation(every_steps=50 if smoke else 1000, rows=2048, batch_size=1024),
+        checkpoint=Checkpointing(every_steps=50 if smoke else 2000),
+        logging=Logging(every_steps=10 if smoke else 200),
+        seed=seed,
+    )
