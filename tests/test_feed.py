@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from ponder.config import Config, Training
 from ponder.data.batch import Batch
-from ponder.data.feed import Feed, StackedFeed, evaluation_batches
+from ponder.data.feed import Feed, StackedFeed, evaluation_batches, training
+from ponder.data.feed import rows as load_rows
 from ponder.errors import UserError
-from ponder.tasks.task import Rows, whole_rows
-from ponder.tasks.text import windows
+from ponder.halting.fixed import Fixed
+from ponder.models.config import Transformer
+from ponder.tasks import builder
+from ponder.tasks.addition import Addition
+from ponder.tasks.jsonl import Jsonl
+from ponder.tasks.task import Rows, Task, whole_rows
+from ponder.tasks.text import Text, windows
 
 
 def make_rows(count: int, length: int = 5, per_example: bool = False) -> Rows:
@@ -157,3 +166,34 @@ def test_evaluation_is_shared_by_processes(count: int) -> None:
     shares = [list(evaluation_batches(rows, 8, None, i, 2)) for i in range(2)]
     for first, second, whole in zip(*shares, evaluation_batches(rows, 8), strict=True):
         assert_same(Batch(*(np.concatenate(arrays) for arrays in zip(first, second, strict=True))), whole)
+
+
+# The feed of a run
+
+
+def config_of(task: Task, **changes: Any) -> Config:
+    return Config(task=task, model=Transformer(), rule=Fixed(), training=Training(batch_size=8), **changes)
+
+
+def test_a_run_gets_its_own_seeds_and_cuts_texts_anywhere(tmp_path: Path) -> None:
+    task = Addition(digits=1, train_rows=100)
+    rows = builder.load(task, "train", tmp_path)
+    assert_same(next(training(config_of(task, seed=4), str(tmp_path))), next(Feed(rows, 8, seed=4)))
+    several = next(training(config_of(task, seed=4, seeds=2), str(tmp_path)))
+    assert_same(several, next(StackedFeed(rows, 8, (4, 5))))
+    (tmp_path / "book.txt").write_text("0123456789 " * 200)
+    text = Text(str(tmp_path / "book.txt"), length=8)
+    feed = training(config_of(text), str(tmp_path))
+    assert_same(next(feed), next(Feed(builder.load(text, "train", tmp_path), 8, seed=0, stream=True)))
+
+
+def test_a_changed_file_is_read_again_in_the_same_process(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    task = Jsonl(str(path), length=16)
+    found = []
+    for target in ("old", "new"):
+        path.write_text("".join(json.dumps({"input": str(i), "target": target}) + "\n" for i in range(100)))
+        first = load_rows(task, "train", str(tmp_path))
+        found.append(task.decode(first.targets[0][first.weights[0] == 1].tolist()))
+    assert found[0].startswith("old")
+    assert found[1].startswith("new")
