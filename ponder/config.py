@@ -121,8 +121,8 @@ def validate(config: Config) -> None:
         (optim.lr > 0, f"optim.lr is {optim.lr}: above 0"),
         (optim.warmup_steps >= 0, f"optim.warmup_steps is {optim.warmup_steps}: at least 0"),
         (
-            optim.decay_steps is None or optim.decay_steps > optim.warmup_steps,
-            f"optim.decay_steps {optim.decay_steps} must exceed optim.warmup_steps {optim.warmup_steps}",
+            optim.decay_steps is None or optim.decay_steps >= 1,
+            f"optim.decay_steps is {optim.decay_steps}: at least 1, or None for all steps",
         ),
         (0 <= optim.final_lr_fraction <= 1, f"optim.final_lr_fraction is {optim.final_lr_fraction}: from 0 to 1"),
         (optim.weight_decay >= 0, f"optim.weight_decay is {optim.weight_decay}: at least 0"),

@@ -170,20 +170,23 @@ def rates(config: Config, steps: np.ndarray) -> np.ndarray:
     return np.asarray(rate(jnp.asarray(steps, jnp.float32)))
 
 
+@pytest.mark.parametrize("warmup", [5, 39, 50])  # up to a first run that ends before its schedule begins to fall
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
-def test_more_steps_do_not_bend_the_learning_rate(config: Config, tmp_path: Path, schedule: str) -> None:
-    first = changed(config, optim={"schedule": schedule, "warmup_steps": 5}, training={"steps": 40})
+def test_more_steps_do_not_bend_the_learning_rate(config: Config, tmp_path: Path, schedule: str, warmup: int) -> None:
+    first = changed(config, optim={"schedule": schedule, "warmup_steps": warmup}, training={"steps": 40})
     steps = np.arange(40)
     plain = rates(first, steps)
     assert records.begin(tmp_path, first, []) == first
     for total in (80, 40, 120, 20):  # on, again as at first, further on, back
         longer = changed(first, training={"steps": total})
         going = records.begin(tmp_path, longer, [])
+        assert cli.Experiment.load(str(tmp_path / "config.json")).config() == going  # can be named, and is valid
         assert going.training.steps == total
         np.testing.assert_array_equal(rates(going, steps), plain)
-        assert rates(going, np.array([200]))[0] <= plain[-1] + 1e-12
     if schedule != "constant":
         assert going.optim.decay_steps == 40
+        assert rates(going, np.array([200]))[0] == pytest.approx(config.optim.lr * config.optim.final_lr_fraction)
+    if schedule != "constant" and warmup == 5:
         with pytest.raises(AssertionError):  # without the rule it would bend
             np.testing.assert_array_equal(rates(changed(first, training={"steps": 80}), steps), plain)
         with pytest.raises(UserError, match=r"optim.decay_steps: 40 -> 80"):
