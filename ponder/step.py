@@ -70,7 +70,7 @@ def make_train_step(
         )
         targets, lanes = batch.weights, lane_mask(batch).astype(jnp.float32)
         of_targets = targets.sum() / jnp.maximum(whole.weights.sum(), 1.0)
-        of_lanes = lanes.sum() / jnp.maximum(lane_mask(whole).sum(), 1)
+        of_lanes = lanes.sum() / jnp.maximum(lane_mask(whole).sum().astype(jnp.float32), 1.0)
         task_loss = mean_over(outcome.task_loss, targets) * of_targets
         cost = mean_over(outcome.cost, lanes) * of_lanes
         total = task_loss + rule.cost_weight * cost
