@@ -97,9 +97,12 @@ def body(experiment: cli.Experiment, options: Options) -> int:
     chosen = choose(members, read_output(output), options.accept_old_code)
     if chosen:
         make_tables(experiment, options, members, chosen)
+    reasons: dict[str, list[Job]] = {}
     for failure in failed:
-        log = failure.job.workdir / "log.txt"
-        print(f"ponder: {failure.job.name} failed: {failure.reason}; log: {log}", file=sys.stderr)
+        reasons.setdefault(failure.reason, []).append(failure.job)
+    for reason, of_reason in reasons.items():
+        names = ", ".join(job.name for job in of_reason)
+        print(f"ponder: failed: {names}: {reason}; see {of_reason[0].workdir / 'log.txt'}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table as Grid
 
@@ -18,11 +18,13 @@ from ponder.writers import quantity
 PLUS_MINUS = "±"
 
 
-class Column:
+class Column(NamedTuple):
     """A heading, what it means, and the text of its cell."""
 
-    def __init__(self, heading: str, meaning: str, cell: Callable[[Line], str]):
-        self.heading, self.meaning, self.cell = heading, meaning, cell
+    heading: str
+    meaning: str
+    cell: Callable[[Line], str]
+    is_cost: bool = False
 
 
 def columns(table: Table) -> list[Column]:
@@ -47,9 +49,13 @@ def columns(table: Table) -> list[Column]:
             )
         )
     found += [
-        Column("steps", "thinking steps executed, mean over targets", lambda line: interval(line.steps, 2)),
-        Column("useful", "FLOPs per example at inference up to each lane's own stop", _flops("useful_flops")),
-        Column("spent", "FLOPs per example that the masked executor really computes", _flops("spent_flops")),
+        Column(
+            "steps",
+            "thinking steps executed, mean over targets",
+            lambda line: interval(line.steps, 2).removesuffix(f" {PLUS_MINUS} 0.00"),
+        ),
+        Column("useful", "FLOPs per example at inference up to each lane's own stop", _flops("useful_flops"), True),
+        Column("spent", "FLOPs per example that the masked executor really computes", _flops("spent_flops"), True),
         Column(
             "vs fixed",
             "difference to the frontier of fixed depths at equal useful FLOPs, interpolated in log FLOPs, paired by"
@@ -72,10 +78,10 @@ def columns(table: Table) -> list[Column]:
         )
     return [
         *found,
-        Column("training", "total training FLOPs, spent", lambda line: quantity(line.training_flops).strip()),
-        Column("ratio", "of training FLOPs to the first arm", lambda line: f"{line.training_ratio:.2f}"),
-        Column("seconds", "of training steps", lambda line: f"{line.seconds:.0f}"),
-        Column("parameters", "", lambda line: f"{line.parameters:,}"),
+        Column("training", "total training FLOPs, spent", lambda line: quantity(line.training_flops).strip(), True),
+        Column("ratio", "of training FLOPs to the first arm", lambda line: f"{line.training_ratio:.2f}", True),
+        Column("seconds", "of training steps", lambda line: f"{line.seconds:.0f}", True),
+        Column("parameters", "", lambda line: f"{line.parameters:,}", True),
     ]
 
 
