@@ -150,6 +150,7 @@ def learning_curves(table: Table, runs: Sequence[Run], name: str) -> str:
                     linewidth=1.0 if is_fixed(arm) else 1.8,
                     label=arm,
                 )
+        axes.xaxis.set_major_formatter(lambda value, _: quantity(value).strip())
         axes.set_xlabel("training FLOPs, spent")
         axes.set_ylabel(f"{table.metric.name}, validation")
         _legend(axes)
@@ -204,7 +205,7 @@ def _plain_log_ticks(axes: Axes, values: Sequence[float]) -> None:
     axes.set_xlim(low, high)
     if high / low < 100:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-        steps = (1, 2, 3, 5) if high / low > 3 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+        steps = (1, 2, 3, 4, 6) if high / low > 3 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
         ticks = [tick for decade in decades for step in steps if low <= (tick := step * 10.0**decade) <= high]
         axes.set_xticks(ticks, [quantity(tick).strip() for tick in ticks])
         axes.set_xticks([], minor=True)
@@ -219,7 +220,7 @@ def _svg(name: str, draw: Callable[[Axes], None], height: float = 3.4) -> str:
     """Draw, and give ids, colours and fonts that suit a page with several drawings."""
     out = io.StringIO()
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=(7.2, height), layout="constrained")
+        figure = Figure(figsize=(6.4, height), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
