@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 from rich.console import Console as Terminal
@@ -45,6 +45,7 @@ def read_rows(path: epath.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
+@runtime_checkable
 class Mirror(Protocol):
     """Anything that shows scalars of a step."""
 
