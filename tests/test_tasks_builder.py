@@ -19,8 +19,8 @@ from ponder.tasks.parity import Parity
 from ponder.tasks.task import Rows, Task, blocks
 from ponder.tasks.text import Text
 
-PARITY = Parity(n=8, max_train_nonzero=5, train_rows=2500, evaluation_rows=300)
-ADDITION = Addition(digits=2, train_rows=2500, evaluation_rows=300)
+PARITY = Parity(n=8, max_train_nonzero=5, train_rows=7000, evaluation_rows=300)
+ADDITION = Addition(digits=2, train_rows=7000, evaluation_rows=300)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_the_data_set_knows_its_licence_splits_and_format(cache: Path) -> None:
     assert "PonderNet" in info.citation
     assert tuple(info.splits) == PARITY.splits
     # A record is a block of rows.
-    assert info.splits["train"].num_examples == -(-2500 // 1024)
+    assert info.splits["train"].num_examples == -(-7000 // 1024)
     assert info.file_format.value == "array_record"
 
 
@@ -132,7 +132,7 @@ def test_tensorflow_is_never_imported(cache: Path) -> None:
 
 def test_the_fingerprint_follows_settings_and_source_files(tmp_path: Path) -> None:
     assert fingerprint(PARITY) == fingerprint(dataclasses.replace(PARITY))
-    assert fingerprint(PARITY) != fingerprint(dataclasses.replace(PARITY, train_rows=2501))
+    assert fingerprint(PARITY) != fingerprint(dataclasses.replace(PARITY, train_rows=7001))
     assert fingerprint(Parity()) != fingerprint(Addition())
     path = tmp_path / "own.txt"
     path.write_text("abc")
