@@ -268,7 +268,7 @@ def start(*words: str, folder: Path, **environment: str) -> subprocess.Completed
 )
 def test_exit_codes_and_one_line_on_stderr(tmp_path: Path, words: list[str], code: int, says: str | None) -> None:
     path = experiment_file.write(tmp_path)
-    done = start(f"--config={path}", "--workdir=w", *words, folder=tmp_path)
+    done = start(f"--config={path}", "--workdir=w", *words, folder=tmp_path, PONDER_MALLOC="default")
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
     assert done.stderr == says if says is not None else re.fullmatch(r"ponder: [^\n]+\n", done.stderr)
