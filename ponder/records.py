@@ -214,7 +214,7 @@ def run_key(config: Config) -> str:
         for part in (config.task, config.model, config.rule)
         if (module := type(part).__module__).endswith(".py")
     }
-    text = json.dumps([settings_key(config), code_hash(), [_hash_file(file) for file in sorted(files)]])
+    text = json.dumps([settings_key(config), code_of(config), [_hash_file(file) for file in sorted(files)]])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -222,6 +222,41 @@ def settings_key(config: Config) -> str:
     """Names a run by its configuration alone, whatever the code."""
     settings = sorted((name, value) for name, value in _flat(to_json(config)) if not _under(name, _LOOK_FIELDS))
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+
+def code_of(config: Config) -> str:
+    """Hash of the modules that can change the numbers of this run: those that the loop imports, and those of its own
+    task, model and rule. Another rule or task beside them leaves it as it is."""
+    names = {type(part).__module__ for part in (config.task, config.model, config.rule)}
+    names |= {"ponder.train", config.model.trajectory.partition(":")[0]}
+    return _hash_modules(frozenset(name for name in names if name.split(".")[0] == "ponder"))
+
+
+@functools.cache
+def _hash_modules(names: frozenset[str]) -> str:
+    waiting, found = set(names), dict[str, Path]()
+    while waiting:
+        name = waiting.pop()
+        inside = name.split(".")[1:]
+        path = _PACKAGE.joinpath(*inside)
+        file = path.with_suffix(".py") if inside and path.with_suffix(".py").exists() else path / "__init__.py"
+        if name in found or not file.exists() or (inside and inside[0] in _LOOKS):
+            continue
+        found[name] = file
+        waiting |= {".".join(["ponder", *inside[:i]]) for i in range(len(inside))} | _imported(file)
+    text = "".join(f"{name} {_hash_file(file)}\n" for name, file in sorted(found.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _imported(file: Path) -> set[str]:
+    """Modules of this package that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name.split(".")[0] == "ponder"}
 
 
 @functools.cache

@@ -209,8 +209,36 @@ def test_run_key_changes_with_what_can_change_a_number(monkeypatch, config: Conf
         changed(config, task={"length": 9}),
     ]
     assert len({key, *map(records.run_key, others)}) == 6
-    monkeypatch.setattr(records, "code_hash", lambda: "other")
+    monkeypatch.setattr(records, "code_of", lambda config: "other")
     assert records.run_key(config) != key
+
+
+def test_a_runs_code_is_what_it_imports_and_no_neighbour(monkeypatch, tmp_path: Path) -> None:
+    package = tmp_path / "ponder"
+    (package / "halting").mkdir(parents=True)
+    texts = {
+        "__init__": "",
+        "train": "from ponder import writers\ndef train():\n    from ponder.halting import act\n",
+        "writers": "from ponder import hidden\n",
+        "halting/__init__": "",
+        "halting/act": "from ponder.deep import f\n",
+        "deep": "a = 1\n",
+        "hidden": "b = 1\n",
+        "halting/other": "c = 1\n",
+    }
+
+    def key(**changes: str) -> str:
+        for name, text in (texts | {name.replace("__", "/"): text for name, text in changes.items()}).items():
+            (package / f"{name}.py").write_text(text)
+        records._hash_modules.cache_clear()
+        return records._hash_modules(frozenset({"ponder.train"}))
+
+    monkeypatch.setattr(records, "_PACKAGE", package)
+    first = key()
+    assert key(deep="a = 1  # why\n") == first
+    assert key(deep="a = 2\n") != first  # imported by what a function imports
+    assert key(halting__other="c = 2\n", hidden="b = 2\n") == first  # a neighbour; behind what only looks
+    records._hash_modules.cache_clear()
 
 
 def test_run_key_is_the_same_in_another_process(config: Config, tmp_path: Path) -> None:

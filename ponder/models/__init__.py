@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,14 +29,8 @@ def build(config: configs.ModelConfig, shape: Shape, key: jax.Array, dtype: Any 
     where they belong. Raises UserError where the configuration cannot be built.
     """
     sizes.check(config, shape)
-    if isinstance(config, configs.Transformer):
-        from ponder.models.transformer import Transformer
-
-        return Transformer(config, shape, key, dtype)
-    from ponder.models.recurrent import Recurrent
-
-    assert isinstance(config, configs.Recurrent)
-    return Recurrent(config, shape, key, dtype)
+    module, _, name = config.trajectory.partition(":")
+    return getattr(importlib.import_module(module), name)(config, shape, key, dtype)
 
 
 def table(model: Any) -> list[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 Kv = Literal["first", "depth"]
 Backend = Literal["xla", "jax", "cudnn", "pallas"]
@@ -12,6 +12,9 @@ Backend = Literal["xla", "jax", "cudnn", "pallas"]
 @dataclass(frozen=True)
 class ModelConfig:
     """Base of all trajectories."""
+
+    trajectory: ClassVar[str]
+    """Where the trajectory is: `module:Class`, made as `Class(config, shape, key, dtype)`."""
 
     steps: int = 4
     """K, the largest number of thinking steps."""
@@ -28,6 +31,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class Transformer(ModelConfig):
     """Prelude, then a core applied up to `steps` times, then a coda. One lane per token."""
+
+    trajectory: ClassVar[str] = "ponder.models.transformer:Transformer"
 
     d_model: int = 64
     heads: int = 4
@@ -58,6 +63,8 @@ class Recurrent(ModelConfig):
 
     The setting of ACT (Graves 2016, section 3.1) and PonderNet (Banino et al. 2021, section 4.1) on parity.
     """
+
+    trajectory: ClassVar[str] = "ponder.models.recurrent:Recurrent"
 
     cell: Literal["rnn", "gru"] = "gru"
     d_model: int = 128
