@@ -72,18 +72,19 @@ class Tokens(Task):
         return Shape(self.vocabulary, self.length, self.vocabulary, "token")
 
 
+MODEL = Transformer(
+    steps=1, d_model=256, heads=4, mlp_size=704, prelude_layers=0, core_layers=6, inject=False, halting_head=False
+)
+LOOPED = replace(MODEL, core_layers=1, steps=6)
 DECODER = Config(
     task=Tokens(),
-    model=Transformer(
-        steps=1, d_model=256, heads=4, mlp_size=704, prelude_layers=0, core_layers=6, inject=False, halting_head=False
-    ),
+    model=MODEL,
     rule=Fixed(),
     training=Training(batch_size=32),
 )
-LOOPED = replace(DECODER.model, core_layers=1, steps=6)
 ROWS = {
     "unrolled": DECODER,
-    "scanned": replace(DECODER, model=replace(DECODER.model, unroll=False)),
+    "scanned": replace(DECODER, model=replace(MODEL, unroll=False)),
     "looped": replace(DECODER, model=LOOPED),
     "looped scanned": replace(DECODER, model=replace(LOOPED, unroll=False)),
 }
@@ -92,8 +93,8 @@ ROWS = {
 def training_step(config: Config) -> tuple[Callable[[], Any], Row]:
     """A function that runs one training step on its own state, and what its compilation cost."""
     shape, rows = config.task.shape, config.training.batch_size
-    graph, params = nnx.split(models.build(config.model, shape, jax.random.key(0)), nnx.Param)
-    params = nnx.to_pure_dict(params)
+    graph, drawn = nnx.split(models.build(config.model, shape, jax.random.key(0)), nnx.Param)
+    params = nnx.to_pure_dict(drawn)
     optimizer = optax.adamw(1e-3, b2=0.95)
     row = jnp.ones((rows, shape.length), jnp.int32)
     tokens = jax.random.randint(jax.random.key(1), (rows, shape.length + 1), 0, shape.vocabulary)

@@ -50,6 +50,7 @@ class Parts:
     begin: Cost  # embedding and prelude; with kv="first" the keys and values of all core layers
     step: Cost  # one core step
     see: Cost  # what the rule looks at after a step
+    mix: Cost  # adding the state to a weighted mean, for a rule that mixes states
     finish: Cost  # coda and final norm
     logits: Cost
 
@@ -165,6 +166,7 @@ def _transformer(model: Transformer, shape: Shape, keys: Number) -> Parts:
         begin=begin,
         step=step,
         see=Cost(),
+        mix=Cost(2 * size, 3 * size),
         finish=model.coda_layers * layer(model, keys) + norm(size),
         logits=linear(size, shape.classes),
     )
@@ -179,6 +181,7 @@ def _recurrent(model: Recurrent, shape: Shape) -> Parts:
         begin=linear(shape.length, width, input_gradient=False) + Cost(width, width - 2 * size * width),
         step=linear(size, width) + Cost(2 * width, 2 * width) + cell,
         see=Cost(),
+        mix=Cost(2 * size, 3 * size),
         finish=Cost(),
         logits=linear(size, shape.classes) + Cost(shape.classes, shape.classes),
     )
@@ -187,8 +190,8 @@ def _recurrent(model: Recurrent, shape: Shape) -> Parts:
 def thinking(model: ModelConfig, shape: Shape, rule: Rule, keys: Number | None = None) -> Cost:
     """One core step a lane with what the rule looks at and, where the rule mixes states, the running mean."""
     priced = parts(model, shape, rule.needs, keys)
-    mean = Cost(2 * model.d_model, 3 * model.d_model) if rule.mixes == "states" else Cost()
-    return priced.step + priced.see + mean
+    each = priced.step + priced.see
+    return each + priced.mix if rule.mixes == "states" else each
 
 
 def training_cost(config: Config) -> Cost:

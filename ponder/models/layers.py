@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ponder.models.attention import attention
 from ponder.models.context import Context
+from ponder.sharding import constrain_lanes
 
 Axes = tuple[str, ...]
 KeysValues = tuple[jax.Array, jax.Array]
@@ -119,7 +120,8 @@ class Block(nnx.Module):
         Those are fresh ones of `x` where `shown` is None, `shown` where `running` is None, and with both given fresh
         ones of the running lanes beside the shown ones of the others.
         """
-        h = self.attention_norm(x)
+        x = constrain_lanes(x)
+        h = constrain_lanes(self.attention_norm(x))
         query = rotate(linear(h, self.query[...]), context.cosine, context.sine)  # [B, T, N, H]
         if shown is None:
             shown = self._keys_values(h, context)
@@ -132,9 +134,9 @@ class Block(nnx.Module):
         )
         mixed = mixed.reshape(*x.shape[:-1], -1)  # [B, T, N * H]
         x = x + linear(mixed, self.out[...].reshape(-1, x.shape[-1]))
-        h = self.mlp_norm(x)
+        h = constrain_lanes(self.mlp_norm(x))
         h = jax.nn.silu(linear(h, self.gate[...])) * linear(h, self.up[...])  # [B, T, F]
-        return x + linear(h, self.down[...]), shown
+        return constrain_lanes(x + linear(h, self.down[...])), shown
 
 
 class HaltingHead(nnx.Module):
@@ -165,7 +167,7 @@ def separated(stack: Any) -> list[Any]:
     leaves, tree = jax.tree.flatten(stack)
     count = leaves[0].shape[0]
     columns = [[piece.squeeze(0) for piece in jax.lax.split(leaf, (1,) * count)] for leaf in leaves]
-    return [tree.unflatten(row) for row in zip(*columns, strict=True)]
+    return [jax.tree.unflatten(tree, row) for row in zip(*columns, strict=True)]
 
 
 def slice_layers(stack: Any, first: Any, count: int) -> Any:

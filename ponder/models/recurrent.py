@@ -18,6 +18,7 @@ from ponder.errors import UserError
 from ponder.models import config as configs
 from ponder.models import layers
 from ponder.protocols import Seen
+from ponder.sharding import constrain_lanes
 from ponder.tasks.task import Shape
 
 
@@ -29,7 +30,7 @@ class Recurrent(nnx.Module):
         size, gates = config.d_model, 3 if config.cell == "gru" else 1
         keys = jax.random.split(key, 5)
         # G gates side by side. The flag is the last of the cell's inputs, kept apart: it alone changes with the step.
-        self.input = layers.weight(keys[0], (shape.length, gates * size), ("embed", "mlp"), shape.length)
+        self.input = layers.weight(keys[0], (shape.length, gates * size), ("length", "mlp"), shape.length)
         self.flag = layers.weight(keys[1], (gates * size,), ("mlp",), shape.length + 1)
         orthogonal = jax.nn.initializers.orthogonal()
         recurrent = jnp.concatenate([orthogonal(k, (size, size)) for k in jax.random.split(keys[2], gates)], axis=1)
@@ -71,14 +72,14 @@ class Recurrent(nnx.Module):
         fed = x + first * layers.over_last(self.flag[...], x)
         fed_back = layers.linear(state, self.recurrent[...])
         if self.candidate_bias is None:
-            return jnp.tanh(fed + fed_back), None
+            return constrain_lanes(jnp.tanh(fed + fed_back)), None
         reset_x, update_x, candidate_x = jnp.split(fed, 3, axis=-1)
         reset_h, update_h, candidate_h = jnp.split(fed_back, 3, axis=-1)
         reset = jax.nn.sigmoid(reset_x + reset_h)
         update = jax.nn.sigmoid(update_x + update_h)
         bias = layers.over_last(self.candidate_bias[...], candidate_h)
         candidate = jnp.tanh(candidate_x + reset * (candidate_h + bias))
-        return candidate + update * (state - candidate), None
+        return constrain_lanes(candidate + update * (state - candidate)), None
 
     def see(self, state: Float[Array, "B D"], context: None, needs: frozenset[str]) -> Seen:
         """Raises UserError where the rule needs a halting logit and the model has no halting head."""
@@ -91,7 +92,7 @@ class Recurrent(nnx.Module):
         )
 
     def finish(self, state: Float[Array, "B D"], context: None) -> Float[Array, "B D"]:
-        return state
+        return constrain_lanes(state)
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """fp32, accumulated in fp32 from operands of the compute dtype."""

@@ -26,6 +26,7 @@ from ponder.models.attention import visible
 from ponder.models.context import Context
 from ponder.models.sizes import Sizes
 from ponder.protocols import Seen
+from ponder.sharding import constrain_lanes
 from ponder.tasks.task import Shape
 
 
@@ -75,7 +76,7 @@ class Transformer(nnx.Module):
     def embed(self, inputs: Int[Array, "*n"]) -> Float[Array, "*n D"]:
         """Token ids to vectors of unit scale, in the compute dtype."""
         rows = jnp.take(self.embedding[...], inputs, axis=0) * math.sqrt(self.config.d_model)
-        return rows.astype(self.dtype)
+        return constrain_lanes(rows.astype(self.dtype))
 
     def begin(
         self, x: Float[Array, "B T D"], context: Context, key: jax.Array
@@ -108,7 +109,7 @@ class Transformer(nnx.Module):
         count, entry = self.config.core_layers, 0 if self.config.tied else k - 1
         graph, stack = nnx.split(self.core)
         own = layers.slice_layers(stack if context.core is None else context.core, entry * count, count)
-        h = state if self.injection is None else self._inject(state, x, entry)
+        h = self._inject(state, x, entry)
         if self.config.kv == "first":
             shown = layers.slice_layers(context.shown, entry * count, count)
             return layers.apply_layers(graph, own, h, context, shown)[0], context
@@ -128,7 +129,7 @@ class Transformer(nnx.Module):
         )
 
     def finish(self, state: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
-        return self.final_norm(self._apply(self.coda, state, context))
+        return constrain_lanes(self.final_norm(self._apply(self.coda, state, context)))
 
     def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """fp32, accumulated in fp32 from operands of the compute dtype."""
@@ -144,9 +145,12 @@ class Transformer(nnx.Module):
         )[0]
 
     def _inject(self, state: jax.Array, x: jax.Array, entry: Any) -> jax.Array:
+        if self.injection is None:
+            return state
         graph, gains = nnx.split(self.injection)
         gains = jax.tree.map(lambda leaf: leaf.squeeze(0), layers.slice_layers(gains, entry, 1))
-        return nnx.merge(graph, gains)(state, x)
+        mix: Any = nnx.merge(graph, gains)
+        return mix(state, x)
 
     def _project(self, x: jax.Array, context: Context) -> Any:
         """Keys and values of every core layer, from the prelude's output."""
