@@ -5,7 +5,6 @@ One row is one JSON object on one line, flushed as it is written. Only process 0
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import json
 import math
@@ -74,13 +73,13 @@ class Metrics:
         """Open the file and the mirrors named (`tensorboard`, `wandb`). Raises UserError where one cannot be opened."""
         self._mirrors: list[Mirror] = []
         self._file: _LocalFile | _RemoteFile | None = None
-        self._present: collections.Counter[tuple[Any, ...]] = collections.Counter()
+        self._present: set[tuple[Any, ...]] = set()
         if process != 0:
             return
         path = epath.Path(workdir) / "metrics.jsonl"
         kept = _rows_until(path, resume_step) if resume_step is not None and path.exists() else []
-        # A kill between a checkpoint and the last row of its step: those rows come again, and are in the file already.
-        self._present.update(_identity(row) for row in kept if row.get("step") == resume_step)
+        # After a kill between a checkpoint and the last row of its step, some of that step's rows come again.
+        self._present = {_identity(row) for row in kept}
         try:
             self._file = _RemoteFile(path, kept) if "://" in str(path) else _LocalFile(path, kept)
         except OSError as error:
@@ -88,13 +87,13 @@ class Metrics:
         self._mirrors = [_open_mirror(mirror, workdir, resume_step, name, config or {}) for mirror in mirrors]
 
     def write(self, row: Row) -> None:
-        """Append a row. It has a `kind` and a `step`; its scalars go to the mirrors."""
+        """Append a row, unless it is there already. It has a `kind` and a `step`; its scalars go to the mirrors."""
         if self._file is None:
             return
         identity = _identity(row)
-        if self._present[identity] > 0:
-            self._present[identity] -= 1
+        if identity in self._present:
             return
+        self._present.add(identity)
         self._file.append(json.dumps(_finite(row)))
         if self._mirrors:
             scalars = scalars_of(row)
@@ -126,6 +125,7 @@ def scalars_of(row: Row) -> dict[str, float]:
     }
 
 
+# The number of examples tells a sample of a split, seen during training, from the whole of it, seen at the end.
 def _identity(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in ("kind", "step", "seed", "split", "exit", "examples"))
 
@@ -255,7 +255,12 @@ class Console:
             self._task = self._progress.add_task("", total=total_steps, completed=first_step, rate="", numbers="")
 
     def introduce(
-        self, model: Sequence[tuple[str, str, int]], *, flops_per_token: float, mesh: str, notes: Sequence[str] = ()
+        self,
+        model: Sequence[tuple[str, str, int]],
+        *,
+        flops_per_token: float | int,
+        mesh: str,
+        notes: Sequence[str] = (),
     ) -> None:
         """Print what is about to be trained. `model` has rows of (part, shape, parameters)."""
         if not self._show:
@@ -311,7 +316,7 @@ class Console:
         rows: Sequence[Row],
         *,
         difficulty_name: str,
-        training_flops: float,
+        training_flops: float | int,
         seconds: float,
         notes: Sequence[str] = (),
     ) -> None:
@@ -349,7 +354,7 @@ class Console:
         self.close()
 
 
-def quantity(value: float) -> str:
+def quantity(value: float | int) -> str:
     """A large number with its prefix, three digits and a space: 1,234,000 is `1.23 M`."""
     for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if abs(value) >= 0.9995 * 10**power:
