@@ -217,9 +217,19 @@ def optimizer_shardings(
 def constrain(x: Any, *names: str | None) -> Any:
     """Pin an activation's layout by the logical names of its dimensions. Without a mesh in context: `x` itself."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
+
+
+def constrain_lanes(x: Any) -> Any:
+    """Pin `[B, ..., D]`, and with it its gradient: split by batch, whole along D.
+
+    To be called on what enters and leaves every block. Left to itself XLA's partitioner splits D over `tensor` and B
+    over less than the batch's axes, and then forgets an all-reduce in the backward pass: with data, fsdp and tensor all
+    above 1 the gradients of two plain matmuls come out wrong (jax 0.10 to 0.12, as in openxla/xla issue 40034).
+    """
+    return constrain(x, "batch", *(None,) * (x.ndim - 2), "embed")
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, *, seeds: bool = False) -> NamedSharding:

@@ -54,7 +54,8 @@ class Recurrent(nnx.Module):
         self, x: Float[Array, "B T"], context: None, key: jax.Array
     ) -> tuple[Float[Array, "B D"], Float[Array, "B GD"], None]:
         """State zero, and the input's share of the gates: the same at every step, so it is computed once."""
-        gates = layers.linear(x, self.input[...])
+        # Gates are cut at places where the mesh does not cut them, so they are pinned whole.
+        gates = constrain_lanes(layers.linear(x, self.input[...]))
         gates = gates + layers.over_last(self.input_bias[...], gates)
         return jnp.zeros((x.shape[0], self.config.d_model), self.dtype), gates, None
 
@@ -70,7 +71,7 @@ class Recurrent(nnx.Module):
         """The cell on all lanes, with the flag up where `k` (an int or a traced scalar, from 1) is 1."""
         first = jnp.asarray(k == 1, x.dtype)
         fed = x + first * layers.over_last(self.flag[...], x)
-        fed_back = layers.linear(state, self.recurrent[...])
+        fed_back = constrain_lanes(layers.linear(state, self.recurrent[...]))
         if self.candidate_bias is None:
             return constrain_lanes(jnp.tanh(fed + fed_back)), None
         reset_x, update_x, candidate_x = jnp.split(fed, 3, axis=-1)
