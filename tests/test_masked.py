@@ -50,7 +50,8 @@ def run(trajectory: Any, rule: Rule, inputs: Any, segments: Any, key: jax.Array 
 
 def follow(script: Scripted, rule: Rule, state: Any, mask: Any, key: jax.Array = KEY, **options: Any) -> Ran:
     """The script on lanes that are all there unless the mask says otherwise."""
-    return masked(script, rule, jnp.zeros(mask.shape), state, None, key, mask=mask, **options)
+    program = jax.jit(lambda: masked(script, rule, jnp.zeros(mask.shape), state, None, key, mask=mask, **options))
+    return jax.tree.map(np.asarray, program())
 
 
 def expected_state(thought: Any, rule: Rule) -> np.ndarray:
