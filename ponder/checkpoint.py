@@ -188,6 +188,11 @@ class Checkpoints:
             )
         return None
 
+    def settled(self) -> int | None:
+        """Newest finished step, once nothing is being written any more."""
+        self.wait()
+        return self.latest
+
     def wait(self) -> None:
         """Until everything is written. Raises UserError where it could not be."""
         if self._manager is not None:

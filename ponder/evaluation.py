@@ -164,7 +164,12 @@ class HeldOut:
             real = np.asarray(batch.segments[row]) > 0
             own = real if batch.targets.ndim == 2 else ...
             inputs = np.asarray(batch.inputs[row])[real].tolist()
-            columns = {"steps": steps, "correct": correct, "target": batch.weights > 0, "difficulty": batch.difficulty}
+            columns: dict[str, Any] = {
+                "steps": steps,
+                "correct": correct,
+                "target": batch.weights > 0,
+                "difficulty": batch.difficulty,
+            }
             found.append(
                 {
                     "split": split,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,8 +20,9 @@ class Meter:
     `seconds` is the time spent in training steps, over all sessions of the run; `paused` leaves other work out of it.
     """
 
-    def __init__(self, config: Config, seconds: float = 0.0):
-        self._config = config
+    def __init__(self, config: Config, seconds: float = 0.0, last_good: Callable[[], int | None] = lambda: None):
+        """`seconds` of the sessions before; `last_good` says the step of the last checkpoint, should the run diverge."""
+        self._config, self._last_good = config, last_good
         self._tokens = config.training.batch_size * config.task.shape.length * config.seeds
         self._window: list[tuple[int, dict[str, jax.Array]]] = []
         self._started = time.monotonic() - seconds
@@ -44,9 +45,9 @@ class Meter:
         if len(self._window) > 1:
             jax.block_until_ready(self._window[-2][1])
 
-    def rows(self, learning_rate: float, saved: int | None) -> list[dict[str, Any]]:
+    def rows(self, learning_rate: float) -> list[dict[str, Any]]:
         """Means over the steps since the last call, one row a seed. Raises DivergedError as `check`."""
-        self.check(saved)
+        self.check()
         step = self._window[-1][0]
         means = {
             name: np.mean([np.asarray(metrics[name], np.float64) for _, metrics in self._window], axis=0)
@@ -59,18 +60,15 @@ class Meter:
         return [
             {"kind": "train", "step": step, "seed": self._config.seed + seed}
             | {name: float(np.atleast_1d(mean)[seed]) for name, mean in means.items()}
-            | {"learning_rate": float(learning_rate), "tokens_per_second": rate, "seconds": seconds}
+            | {"learning_rate": learning_rate, "tokens_per_second": rate, "seconds": seconds}
             for seed in range(self._config.seeds)
         ]
 
-    def check(self, saved: int | None) -> None:
-        """Raises DivergedError: names the first step whose loss or gradient is not finite, and the one `saved` last."""
+    def check(self) -> None:
+        """Raises DivergedError: names the first step whose loss or gradient is not finite, and the last checkpoint."""
         for step, metrics in self._window:
             for name in ("loss", "gradient_norm"):
                 if not np.isfinite(np.asarray(metrics[name])).all():
-                    good = (
-                        "no checkpoint was written before"
-                        if saved is None
-                        else f"the last good checkpoint is of step {saved}"
-                    )
+                    saved = self._last_good()
+                    good = f"the last good checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
                     raise DivergedError(f"{name} is not finite at step {step}; {good}")

@@ -30,7 +30,7 @@ class Program:
     initial_state: Callable[[], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     evaluate_step: Callable[[Any, Batch, int], evaluation.Answers]
-    learning_rate: Callable[[int], Any]
+    learning_rate: Callable[[int], float]
     compiled: Callable[[], int]
     """How many times the train step has been compiled: once."""
     abstract_model: Any  # the trajectory with shapes for parameters
@@ -91,6 +91,7 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
         over_seeds(evaluation.make_evaluate_step(graphdef, config), config.seeds, (0, None, 0, None)),
         out_shardings=whole,
     )
+    rate = schedule(config.optim, config.training.steps)
     return Program(
         config=config,
         mesh=mesh,
@@ -101,7 +102,7 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
         initial_state=lambda: jax.jit(init, out_shardings=shardings)(init_key),
         train_step=lambda state, batch: train_step(state, batch, train_key),
         evaluate_step=lambda params, batch, i: evaluate_step(params, batch, evaluation_key, i),
-        learning_rate=schedule(config.optim, config.training.steps),
+        learning_rate=lambda step: float(rate(step)),
         compiled=train_step._cache_size,  # type: ignore[attr-defined]
         abstract_model=abstract_model,
     )

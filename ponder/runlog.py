@@ -25,7 +25,7 @@ class RunLog:
         mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
         self._console.introduce(
             rows,
-            flops_per_token=compute.forward_flops(config),
+            flops_per_token=float(compute.forward_flops(config)),
             mesh=f"{mesh} ({jax.devices()[0].device_kind})",
             notes=[f"goes on from step {first}"] if first else [],
         )

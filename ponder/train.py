@@ -95,7 +95,7 @@ def train(
             else:
                 state, first, seconds = restored.state, restored.step, restored.feed_state["train_seconds"]
                 batches.set_state(restored.feed_state)
-            meter = metrics.Meter(config, seconds)
+            meter = metrics.Meter(config, seconds, last_good=saves.settled)
             with runlog.RunLog(folder, run, first, callbacks) as log:
                 for step in range(first + 1, config.training.steps + 1):
                     state, measured = run.train_step(state, run.put(next(batches)))
@@ -103,7 +103,7 @@ def train(
                     leave = leaving.reached(step)
                     last = leave or step == config.training.steps
                     if last or step % config.logging.every_steps == 0:
-                        log.write(meter.rows(run.learning_rate(step - 1), saves.latest))
+                        log.write(meter.rows(run.learning_rate(step - 1)))
                     score = None
                     if step == config.training.steps or step % config.evaluation.every_steps == 0:
                         with meter.paused():
@@ -111,7 +111,7 @@ def train(
                         log.write(rows)
                         score = evaluation.score(rows)
                     if last or step % config.checkpoint.every_steps == 0:
-                        meter.check(saves.latest)
+                        meter.check()
                         with meter.paused():
                             saves.save(step, state, batches.get_state() | {"train_seconds": meter.seconds}, score=score)
                     if leave:
@@ -146,7 +146,7 @@ def finish(
             "versions": records.versions(),
             "parameters": sum(row.parameters for row in models.table(run.abstract_model)),
             "training_steps": config.training.steps,
-            "training_flops": config.training.steps * compute.training_flops_per_step(config),
+            "training_flops": float(config.training.steps * compute.training_flops_per_step(config)),
             "train_seconds": seconds,
             "evaluations": [row for row in rows if row["seed"] == config.seed + i],
         }

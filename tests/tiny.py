@@ -22,7 +22,7 @@ CONFIG = Config(
     rule=PonderNet(prior=0.5),
     optim=Optim(lr=3e-3, warmup_steps=2),
     training=Training(batch_size=16, steps=8),
-    evaluation=Evaluation(every_steps=4, rows=16, batch_size=16),
+    evaluation=Evaluation(every_steps=4, rows=6, batch_size=16),
     checkpoint=Checkpointing(every_steps=4),
     logging=Logging(every_steps=2, writers=()),
     mesh=Mesh(data=1),
@@ -55,7 +55,7 @@ def batch(made: Config = CONFIG, rows: int = 16, seed: int = 0) -> Batch:
     )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def as_users_run() -> Iterator[None]:
     """Import it into a module whose tests call optax, which relies on implicit promotion."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
