@@ -32,6 +32,7 @@ from ponder.reporting import runs as finished
 from ponder.reporting import table as tables
 
 Row = dict[str, Any]
+TRAIN = (sys.executable, "-m", "ponder.train")
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def to_run(experiment: cli.Experiment, options: Options, members: Sequence[Membe
         workdir = root / f"{name}-{first.key[:8]}"
         words = experiment.command(arm=first.arm, seed=first.seed)
         words += [f"--config.seeds={count}"] if count > 1 else []
-        command = (sys.executable, "-m", "ponder.train", *words, f"--workdir={workdir}")
+        command = (*TRAIN, *words, f"--workdir={workdir}")
         title = f"{first.arm} seed {first.seed}" + (f" to {of_group[-1].seed}" if count > 1 else "")
         jobs.append(Training(title, workdir, command, of_group))
     return jobs

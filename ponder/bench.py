@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import rich
+import rich.console
 import rich.table
 import tyro
 from etils import epath, epy
@@ -90,26 +90,32 @@ ROWS = {
 }
 
 
-def training_step(config: Config) -> tuple[Callable[[], Any], Row]:
-    """A function that runs one training step on its own state, and what its compilation cost."""
+def problem(config: Config) -> tuple[Any, Batch, Callable[[Any, Batch], Any]]:
+    """Parameters, a random batch and the loss of both."""
     shape, rows = config.task.shape, config.training.batch_size
     graph, drawn = nnx.split(models.build(config.model, shape, jax.random.key(0)), nnx.Param)
-    params = nnx.to_pure_dict(drawn)
-    optimizer = optax.adamw(1e-3, b2=0.95)
-    row = jnp.ones((rows, shape.length), jnp.int32)
     tokens = jax.random.randint(jax.random.key(1), (rows, shape.length + 1), 0, shape.vocabulary)
+    ones = jnp.ones((rows, shape.length), jnp.int32)
     batch = Batch(
         inputs=tokens[:, :-1],
         targets=tokens[:, 1:],
-        weights=jnp.ones(row.shape, jnp.float32),
-        difficulty=jnp.zeros_like(row),
-        segments=row,
-        positions=jnp.broadcast_to(jnp.arange(shape.length)[None], row.shape),
+        weights=jnp.ones(ones.shape, jnp.float32),
+        difficulty=jnp.zeros_like(ones),
+        segments=ones,
+        positions=jnp.broadcast_to(jnp.arange(shape.length)[None], ones.shape),
     )
 
     def loss(params: Any, batch: Batch) -> jax.Array:
         model, key = nnx.merge(graph, params), jax.random.key(0)
         return objective.ponder_loss(model, config.rule, batch, key, freeze=False, unroll=config.model.unroll)[0]
+
+    return nnx.to_pure_dict(drawn), batch, loss
+
+
+def training_step(config: Config) -> tuple[Callable[[], Any], Row]:
+    """A function that runs one training step on its own state, and what its compilation cost."""
+    params, batch, loss = problem(config)
+    optimizer = optax.adamw(1e-3, b2=0.95)
 
     def step(params: Any, moments: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
         value, gradients = jax.value_and_grad(loss)(params, batch)
@@ -130,6 +136,12 @@ def training_step(config: Config) -> tuple[Callable[[], Any], Row]:
         return value
 
     return run, cost
+
+
+def work(config: Config) -> Row:
+    """What a training step gets done."""
+    tokens = compute.lanes(config.task.shape, config.training.batch_size)
+    return {"tokens": tokens, "flops": compute.training_flops_per_step(config)}
 
 
 class Peer:
@@ -161,10 +173,16 @@ class Peer:
         line = self._process.stdout.readline()
         if not line:
             raise UserError(f"--peer={self._command} ended with code {self._process.wait()} and no answer")
-        return json.loads(line)
+        try:
+            answer = json.loads(line)
+        except json.JSONDecodeError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise UserError(f"--peer={self._command} answered {line.strip()} and not a JSON object")
+        return answer
 
 
-def bench_train(options: Options, configs: dict[str, Config] = ROWS) -> list[Row]:
+def bench_train(options: Options, configs: dict[str, Config]) -> list[Row]:
     """One row a configuration and the peer's, in the order of the table. Raises UserError where the peer fails."""
     if options.repeats < 1 or options.calls < 1:
         raise UserError("--repeats and --calls must be at least 1")
@@ -174,18 +192,17 @@ def bench_train(options: Options, configs: dict[str, Config] = ROWS) -> list[Row
         run, costs[name] = training_step(config)
         jax.block_until_ready(run())
         costs[name]["peak_bytes"] = profiling.peak_memory()
-        costs[name]["flops"] = compute.training_flops_per_step(config)
+        costs[name] |= work(config)
         turns[name] = functools.partial(profiling.timed, run, options.calls)
     peer = Peer(options.peer) if options.peer else None
     if peer:
         name = peer.cost.pop("name")
-        costs[name] = peer.cost | {"flops": compute.training_flops_per_step(DECODER)}
+        costs[name] = peer.cost | work(next(iter(configs.values())))
         turns[name] = functools.partial(peer.turn, options.calls)
     profiling.round_robin(turns, 1)
     taken = profiling.round_robin(turns, options.repeats)
     if peer:
         peer.close()
-    tokens = DECODER.training.batch_size * DECODER.task.shape.length
     headline = statistics.median(seconds.wall for seconds in taken[next(iter(configs))])
     rows = []
     for name, seconds in taken.items():
@@ -194,13 +211,13 @@ def bench_train(options: Options, configs: dict[str, Config] = ROWS) -> list[Row
             {"name": name}
             | costs[name]
             | {
-                "tokens_per_second": tokens / wall,
+                "tokens_per_second": costs[name]["tokens"] / wall,
                 "seconds": wall,
                 "seconds_least": min(second.wall for second in seconds),
                 "seconds_most": max(second.wall for second in seconds),
                 "cpu_seconds": cpu,
                 "flops_per_second": costs[name]["flops"] / wall,
-                "speed_of_headline": wall / headline,
+                "times_slower": wall / headline,
             }
         )
     return rows
@@ -208,7 +225,16 @@ def bench_train(options: Options, configs: dict[str, Config] = ROWS) -> list[Row
 
 def show(rows: list[Row]) -> None:
     table = rich.table.Table(
-        "row", "tok/s", "ms a step", "range", "CPU ms", "GFLOP/s", "compile s", "temp MiB", "peak MiB", "headline is"
+        "row",
+        "tok/s",
+        "ms a step",
+        "range",
+        "CPU ms",
+        "GFLOP/s",
+        "compile s",
+        "temp MiB",
+        "peak MiB",
+        "headline is faster",
     )
     for row in rows:
         mebibytes = (f"{row[key] / 2**20:.0f}" if key in row else "-" for key in ("temporary_bytes", "peak_bytes"))
@@ -221,15 +247,17 @@ def show(rows: list[Row]) -> None:
             f"{row['flops_per_second'] / 1e9:.0f}",
             f"{row['compile_seconds']:.1f}" if "compile_seconds" in row else "-",
             *mebibytes,
-            f"{row['speed_of_headline']:.2f} x",
+            f"{row['times_slower']:.2f} x",
         )
-    rich.print(table)
+    console = rich.console.Console()
+    # A file has no width, and a table cut to 80 columns cannot be read.
+    (console if console.is_terminal else rich.console.Console(width=140)).print(table)
 
 
 def body(options: Options) -> int:
     # A cached program would make compile seconds a matter of luck.
     jax.config.update("jax_enable_compilation_cache", False)
-    rows = bench_train(options)
+    rows = bench_train(options, ROWS)
     show(rows)
     if options.output:
         about = {"hardware": records.hardware(), "versions": records.versions(), "commit": records.commit()}

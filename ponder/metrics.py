@@ -21,7 +21,7 @@ class Meter:
     """
 
     def __init__(self, config: Config, seconds: float = 0.0, last_good: Callable[[], int | None] = lambda: None):
-        """`seconds` of the sessions before; `last_good` says the step of the last checkpoint, should the run diverge."""
+        """`seconds` of the sessions before; `last_good` gives the step of the last checkpoint if the run diverges."""
         self._config, self._last_good = config, last_good
         self._tokens = config.training.batch_size * config.task.shape.length * config.seeds
         self._window: list[tuple[int, dict[str, jax.Array]]] = []
