@@ -1,7 +1,7 @@
 """Parity of 16-vectors, the task of ACT and PonderNet: is learned halting worth more than a fixed number of steps?
 
-Training, validation and test have 1 to 8 entries that are not zero, extrapolation 9 to 16 (the paper: 48 of 96). The paper's
-size is --config=experiments/parity.py:n=96,max_train_nonzero=48 and wants an accelerator.
+Training, validation and test have 1 to 8 entries that are not zero, extrapolation 9 to 16, as the paper has 48 of 96.
+Its size is --config=experiments/parity.py:n=96,max_train_nonzero=48 and wants an accelerator.
 
 Run:    python -m ponder.train  --config=experiments/parity.py:arm=pondernet --workdir=runs/parity
 Table:  python -m ponder.ablate --config=experiments/parity.py --output=experiments/results/parity --jobs=2

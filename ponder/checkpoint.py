@@ -72,7 +72,7 @@ class Checkpoints:
             raise UserError(
                 f"checkpoint.keep_last is {keep_last}: at least the last checkpoint must be kept, so 1 or more"
             )
-        self.directory = epath.Path(workdir) / FOLDER
+        self.directory = _folder(workdir)
         self._keep_last = keep_last
         self._keep_best = keep_best
         self._scores: dict[int, float] = {}
@@ -276,7 +276,7 @@ def load_params(workdir: epath.PathLike, abstract_params: Any, which: Literal["b
     Raises:
       UserError: no checkpoint, all damaged, or of another model shape.
     """
-    directory = epath.Path(workdir) / FOLDER
+    directory = _folder(workdir)
     steps = _steps(directory)
     if not steps:
         raise UserError(f"no checkpoint in {directory}: is {workdir} the workdir of a run that has saved one?")
@@ -303,6 +303,12 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 def _digest(record: Record) -> str:
     return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _folder(workdir: epath.PathLike) -> epath.Path:
+    """Where the steps are; absolute, as orbax asks of local paths."""
+    remote = "://" in os.fspath(workdir)
+    return epath.Path(workdir if remote else os.path.abspath(workdir)) / FOLDER
 
 
 def _steps(directory: epath.Path) -> list[int]:
