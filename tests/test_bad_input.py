@@ -39,6 +39,7 @@ def mistake(tmp_path, monkeypatch, capsys):
     def run(*words: str, config: str = "x.py", workdir: str = "w") -> str:
         arguments = ["train", f"--config={config}", f"--workdir={workdir}", *words]
         monkeypatch.setattr("sys.argv", arguments)
+        capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
             cli.main(training.body, options=training.Options, doc="")
         said = capsys.readouterr().err.strip()
