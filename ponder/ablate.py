@@ -179,10 +179,12 @@ def group(members: Sequence[Member]) -> list[tuple[Member, ...]]:
 
 def run(jobs: Sequence[Job], options: Options, output: Path) -> list[Failure]:
     """Run the trainings and keep a row of each that ends well."""
-    code = records.code_hash()
 
     def needed(job: Job) -> bool:
-        if records.code_hash.__wrapped__() != code:  # the keys would name other code than what runs
+        assert isinstance(job, Training)
+        records.look_again()
+        # The row's key would name other code than what runs.
+        if any(records.run_key(member.config) != member.key for member in job.members):
             raise JobFailed("the code was edited since ablate began: start it again")
         return not (job.workdir / "results.json").exists()  # there: we were killed between its end and its row
 
@@ -214,7 +216,7 @@ def rows_of(job: Training, seconds: float, at_once: int, output: Path) -> list[R
         row = {
             "key": member.key,
             "settings": records.settings_key(member.config),
-            "code": records.code_hash(),
+            "code": records.code_of(member.config),
             **result,
             "arm": member.arm,
             "cost_seconds": wall * cores / len(job.members),

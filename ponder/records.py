@@ -232,6 +232,11 @@ def code_of(config: Config) -> str:
     return _hash_modules(frozenset(name for name in names if name.split(".")[0] == "ponder"))
 
 
+def look_again() -> None:
+    """Let the next `run_key` see edits of the code that were made since the last one."""
+    _hash_modules.cache_clear()
+
+
 @functools.cache
 def _hash_modules(names: frozenset[str]) -> str:
     waiting, found = set(names), dict[str, Path]()

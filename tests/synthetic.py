@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -100,7 +99,7 @@ def workdir(folder: Path, results: list[dict[str, Any]], traces: bool = False) -
         metrics += entry["evaluations"]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     if traces:
-        rng = np.random.default_rng(0)
+        rng = random.Random(0)
         text = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak. <&> \x07"
         steps = [1 + int(rng.random() < 0.5) + int(rng.random() < 0.3) * 2 for _ in text]
         rows = [
