@@ -214,6 +214,20 @@ def test_lane_shapes_one_step_and_more(rule: Rule, lanes: tuple[int, ...]) -> No
         assert np.asarray(ran.observed["k"]).reshape(steps, -1)[:, 0].tolist() == list(range(1, steps + 1))
 
 
+def test_a_stopped_state_does_not_move() -> None:
+    """Whoever looks at it after the stop, `observe` or a trajectory without keys, sees the state of the stop."""
+    depths, lanes = jnp.array([1, 3, 2, 4]), jnp.zeros(4)
+    script, rule, mask = Scripted(jnp.zeros((4, 4))), Planned(depths), jnp.array([True, True, True, False])
+
+    def observe(state: Any, context: Any, k: Any, halt: Halt) -> Any:
+        return state
+
+    frozen = follow(script, rule, lanes, mask, freeze=True, unroll=False, observe=observe).observed
+    np.testing.assert_array_equal(frozen, [[1, 1, 1, 0], [1, 2, 2, 0], [1, 3, 2, 0], [1, 3, 2, 0]])
+    run_on = follow(script, rule, lanes, mask, freeze=False, unroll=False, observe=observe).observed
+    np.testing.assert_array_equal(run_on, [[1] * 4, [2] * 4, [3] * 4, [4] * 4])
+
+
 def test_state_may_be_a_tree_of_any_rank_and_dtype() -> None:
     """Mixed in fp32, given back in the leaf's own dtype."""
 
