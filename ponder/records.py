@@ -35,7 +35,8 @@ _PACKAGE = Path(__file__).resolve().parent
 # Modules that cannot change a number: how a run is started, kept, shown and compared.
 _LOOKS = (
     *("ablate", "bench", "checkpoint", "checksum", "cli", "errors", "jobs", "lock", "memory"),
-    *("preemption", "profiling", "records", "report", "reporting", "runlog", "serialization", "statistics", "writers"),
+    *("metrics", "preemption", "profiling", "records", "report", "reporting", "runlog", "serialization", "statistics"),
+    *("train", "writers"),
 )
 # Fields of the configuration that cannot change a number.
 _LOOK_FIELDS = ("logging", "name", "checkpoint.every_steps", "checkpoint.keep_last")
@@ -225,10 +226,10 @@ def settings_key(config: Config) -> str:
 
 
 def code_of(config: Config) -> str:
-    """Hash of the modules that can change the numbers of this run: those that the loop imports, and those of its own
-    task, model and rule. Another rule or task beside them leaves it as it is."""
+    """Hash of the modules that can change the numbers of this run: steps, evaluation and batches with all that they
+    import, and its own task, model and rule. Another rule or task beside them leaves it as it is."""
     names = {type(part).__module__ for part in (config.task, config.model, config.rule)}
-    names |= {"ponder.train", config.model.trajectory.partition(":")[0]}
+    names |= {"ponder.program", "ponder.evaluation", "ponder.data.feed", config.model.trajectory.partition(":")[0]}
     return _hash_modules(frozenset(name for name in names if name.split(".")[0] == "ponder"))
 
 

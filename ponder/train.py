@@ -23,6 +23,7 @@ from etils import epath, epy
 
 from ponder import cli, compute, models, records
 from ponder.config import Config, Mesh, validate
+from ponder.errors import UserError
 
 with epy.lazy_imports():  # `--help` needs none of these
     import jax
@@ -95,9 +96,15 @@ def train(
             else:
                 state, first, seconds = restored.state, restored.step, restored.feed_state["train_seconds"]
                 batches.set_state(restored.feed_state)
+            if first > config.training.steps:
+                raise UserError(
+                    f"{folder} has trained {first} steps already: training.steps {config.training.steps} is less"
+                )
+            reached = first
             meter = metrics.Meter(config, seconds, last_good=saves.settled)
             with runlog.RunLog(folder, run, first, callbacks) as log:
                 for step in range(first + 1, config.training.steps + 1):
+                    reached = step
                     state, measured = run.train_step(state, run.put(next(batches)))
                     meter.add(step, measured)
                     leave = leaving.reached(step)
@@ -117,7 +124,7 @@ def train(
                     if leave:
                         break
                 saves.wait()
-                finished = saves.latest == config.training.steps
+                finished = reached == config.training.steps
                 results = finish(run, state, held_out, meter.seconds, log, folder) if finished else []
     return Result(results, run.model(steps.evaluated(state)), str(folder), finished)
 

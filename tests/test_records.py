@@ -218,7 +218,7 @@ def test_a_runs_code_is_what_it_imports_and_no_neighbour(monkeypatch, tmp_path: 
     (package / "halting").mkdir(parents=True)
     texts = {
         "__init__": "",
-        "train": "from ponder import writers\ndef train():\n    from ponder.halting import act\n",
+        "program": "from ponder import writers\ndef train():\n    from ponder.halting import act\n",
         "writers": "from ponder import hidden\n",
         "halting/__init__": "",
         "halting/act": "from ponder.deep import f\n",
