@@ -231,7 +231,7 @@ def test_a_runs_code_is_what_it_imports_and_no_neighbour(monkeypatch, tmp_path: 
         for name, text in (texts | {name.replace("__", "/"): text for name, text in changes.items()}).items():
             (package / f"{name}.py").write_text(text)
         records._hash_modules.cache_clear()
-        return records._hash_modules(frozenset({"ponder.train"}))
+        return records._hash_modules(frozenset({"ponder.program"}))
 
     monkeypatch.setattr(records, "_PACKAGE", package)
     first = key()
