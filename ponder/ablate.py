@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from etils import epy
 from rich.console import Console
 
 from ponder import cli, records, serialization, writers
@@ -27,9 +28,11 @@ from ponder.config import Config
 from ponder.errors import UserError
 from ponder.jobs import Failure, Job, JobFailed, available_cores
 from ponder.jobs import run as run_jobs
-from ponder.reporting import render
-from ponder.reporting import runs as finished
-from ponder.reporting import table as tables
+
+with epy.lazy_imports():  # `--help` needs none of these
+    from ponder.reporting import render
+    from ponder.reporting import runs as finished
+    from ponder.reporting import table as tables
 
 Row = dict[str, Any]
 TRAIN = (sys.executable, "-m", "ponder.train")

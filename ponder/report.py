@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from etils import epy
 
 from ponder import cli, records
 from ponder.errors import UserError
-from ponder.reporting import page, render
-from ponder.reporting import runs as finished
-from ponder.reporting import table as tables
+
+with epy.lazy_imports():  # `--help` needs none of these
+    from ponder.reporting import page, render
+    from ponder.reporting import runs as finished
+    from ponder.reporting import table as tables
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from ponder.reporting import plots, render
-from ponder.reporting.runs import Run
+from ponder.reporting.runs import Row, Run
 from ponder.reporting.table import Table, claims, is_fixed
 
 HEAT_ROWS = 4  # rows of text shown for each arm
@@ -173,7 +173,7 @@ def _heat(runs: Sequence[Run]) -> str:
     return "\n".join(parts)
 
 
-def _is_text(trace: dict[str, list]) -> bool:
+def _is_text(trace: Row) -> bool:
     return len(trace["tokens"]) == len(trace["steps"]) and all(isinstance(token, str) for token in trace["tokens"])
 
 
@@ -182,7 +182,7 @@ def _heat_of(steps: int, most: int) -> int:
     return round(75 * (steps - 1) / max(most - 1, 1))
 
 
-def _row_of_heat(trace: dict[str, list], most: int) -> str:
+def _row_of_heat(trace: Row, most: int) -> str:
     spans = []
     targets = trace.get("target", [True] * len(trace["tokens"]))
     for token, steps, correct, target in zip(trace["tokens"], trace["steps"], trace["correct"], targets, strict=True):
