@@ -96,7 +96,9 @@ def interval(value: Interval, digits: int) -> str:
 
 
 def difference(value: Interval, digits: int) -> str:
+    """`+0.0035 ± 0.0012`; a difference that rounds to nothing has no sign."""
     text = f"{value.mean:+.{digits}f}"
+    text = text[1:] if float(text) == 0 else text
     return text if math.isnan(value.half_width) else f"{text} {PLUS_MINUS} {value.half_width:.{digits}f}"
 
 
