@@ -35,7 +35,7 @@ def of_arm(arm: str, seed: int, smoke: bool) -> Config:
         ),
         rule=halts.get(arm, Fixed()),
         optim=Optim(lr=2e-3, warmup_steps=50, weight_decay=0.01),
-        training=Training(batch_size=128, steps=60 if smoke else 1000),
+        training=Training(batch_size=128, steps=60 if smoke else 1500),
         evaluation=Evaluation(every_steps=30 if smoke else 200, rows=1024),
         checkpoint=Checkpointing(every_steps=30 if smoke else 200),
         logging=Logging(every_steps=10 if smoke else 50),
