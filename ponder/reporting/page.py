@@ -17,7 +17,8 @@ _CSS = """
   --heat: #e07b00; --wrong: #c02617;
   --hue0: #0a67b5; --hue1: #c34a00; --hue2: #08805c; --hue3: #a8467f; --hue4: #6a4fb0; --hue5: #7a6200; }
 @media screen and (prefers-color-scheme: dark) { :root {
-  --page: #161718; --ink: #e8e6e1; --muted: #a3a19b; --rule: #37383a; --soft: #202224; --heat: #ff9d2e; --wrong: #ff8a7a;
+  --page: #161718; --ink: #e8e6e1; --muted: #a3a19b; --rule: #37383a; --soft: #202224;
+  --heat: #ff9d2e; --wrong: #ff8a7a;
   --hue0: #62b0f0; --hue1: #ff9752; --hue2: #4fd0a0; --hue3: #ee93c6; --hue4: #b6a2f5; --hue5: #dcc250; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 68rem; background: var(--page); color: var(--ink);
