@@ -99,7 +99,7 @@ def test_turns_are_taken_in_a_ring():
         return profiling.Seconds(1.0, 2.0)
 
     taken = profiling.round_robin({"a": lambda: turn("a"), "b": lambda: turn("b")}, 2)
-    assert order == ["a", "b", "a", "b"] and taken["b"] == [profiling.Seconds(1.0, 2.0)] * 2
+    assert order == ["a", "b", "b", "a"] and taken["b"] == [profiling.Seconds(1.0, 2.0)] * 2
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@
 | `xla`    | everything     | the reference: heads-first einsums over all T x S scores              |
 | `jax`    | everything     | `jax.nn.dot_product_attention`, XLA implementation                    |
 | `cudnn`  | NVIDIA, bf16   | `jax.nn.dot_product_attention`, cuDNN fused kernel                    |
-| `pallas` | TPU, NVIDIA    | splash attention (TPU) or `pallas.ops.gpu.attention.mha` of jax       |
+| `pallas` | TPU            | splash attention, as maintained in `jax.experimental.pallas`          |
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +44,13 @@ def attention(
     causal: bool,
     mask: Bool[Array, "B T S"] | None = None,
     backend: Backend = "xla",
-    interpret: Literal["tpu", "gpu"] | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k / sqrt(H)) v among the tokens of one segment; each of the M key heads serves N / M query heads.
 
     A padded query (segment 0) attends to nothing and yields zeros; nobody attends to padding. `mask` is
-    `visible(segments, causal)`, passed in where many layers share it. `interpret` runs the Pallas kernel of that
-    platform on CPU, for tests.
+    `visible(segments, causal)`, passed in where many layers share it. `interpret` runs the Pallas kernel on CPU, for
+    tests.
     Raises UserError where the backend cannot run on this machine or shape.
     """
     if mask is None:
@@ -121,36 +121,23 @@ def _dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.A
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
 
 
-def _pallas(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array,
-    causal: bool,
-    interpret: Literal["tpu", "gpu"] | None,
-) -> jax.Array:
-    platform = interpret or jax.default_backend()
-    if platform not in ("tpu", "gpu"):
-        raise UserError(f"attention=pallas needs a TPU or an NVIDIA GPU, this is {platform}: use attention=xla")
-    length, size = q.shape[1], q.shape[-1]
+def _pallas(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, causal: bool, interpret: bool) -> jax.Array:
+    platform, length = jax.default_backend(), q.shape[1]
+    if platform != "tpu" and not interpret:
+        other = "cudnn" if platform == "gpu" else "xla"
+        raise UserError(f"attention=pallas needs a TPU, this is {platform}: use attention={other}")
     if length % 128:
         raise UserError(f"attention=pallas needs a length divisible by 128, not {length}: use attention=xla")
-    groups = q.shape[2] // k.shape[2]
-    k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)  # [B, S, N, H]: the kernels know no groups
-    if platform == "gpu":
-        from jax.experimental.pallas.ops.gpu import attention as gpu
-
-        return gpu.mha(
-            q, k, v, segment_ids=segments, sm_scale=1 / math.sqrt(size), causal=causal, interpret=interpret is not None
-        )
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    groups = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)  # [B, S, N, H]
     one = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
     kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([one] * q.shape[2]), head_shards=1, q_seq_shards=1, interpret=interpret is not None
+        masks.MultiHeadMask([one] * q.shape[2]), head_shards=1, q_seq_shards=1, interpret=interpret
     )
-    q = q * jnp.asarray(1 / math.sqrt(size), q.dtype)
+    q = q * jnp.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)
     # Padding is segment 0 and attends to itself here; the caller zeroes it.
     ids = splash.SegmentIds(segments, segments)
     heads_first = (a.transpose(0, 2, 1, 3) for a in (q, k, v))  # [B, N, T, H]
