@@ -15,22 +15,23 @@ from typing import Any
 Moment = Callable[[Path, Path], bool]  # of workdir and log
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENT = """
-from ponder.config import Checkpointing, Config, Evaluation, Logging, Optim, Training
+from ponder.config import Checkpointing, Config, Evaluation, Logging, Mesh, Optim, Training
 from ponder.halting.pondernet import PonderNet
 from ponder.models.config import Transformer
 from ponder.tasks.addition import Addition
 
 
-def get_config(steps: int = 200, batch: int = 16) -> Config:
+def get_config(steps: int = 200, data: int = 1, fsdp: int = 1) -> Config:
     return Config(
         task=Addition(digits=2, train_rows=2_000, evaluation_rows=64),
         model=Transformer(steps=2, d_model=16, heads=2, unroll=False),
         rule=PonderNet(prior=0.4, beta=0.01),
         optim=Optim(warmup_steps=5, ema_decay=0.9),
-        training=Training(batch_size=batch, steps=steps),
+        training=Training(batch_size=16, steps=steps),
         evaluation=Evaluation(every_steps=100, batch_size=64, splits=("validation",)),
         checkpoint=Checkpointing(every_steps=10),
         logging=Logging(every_steps=10, writers=()),
+        mesh=Mesh(data, fsdp),
     )
 """
 
@@ -80,12 +81,15 @@ class Runs:
     def finish(self, workdir: Path) -> None:
         assert self.start(workdir).wait(timeout=300) == 0, self.log(workdir).read_text()[-3000:]
 
+    def wait_for(self, workdir: Path, moment: Moment, *processes: subprocess.Popen[bytes]) -> None:
+        while not moment(workdir, self.log(workdir)):
+            assert all(process.poll() is None for process in processes), self.log(workdir).read_text()[-3000:]
+            time.sleep(0.002)
+
     def kill_when(self, workdir: Path, moment: Moment, delay: float = 0.0) -> None:
         """SIGKILL `delay` seconds after the first time that `moment` holds, which must come before the end."""
         process = self.start(workdir)
-        while not moment(workdir, self.log(workdir)):
-            assert process.poll() is None, self.log(workdir).read_text()[-3000:]
-            time.sleep(0.0005)
+        self.wait_for(workdir, moment, process)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         assert process.wait(timeout=60) == -signal.SIGKILL

@@ -49,8 +49,7 @@ def test_one_run_cut_short_in_every_way(tmp_path: Path) -> None:
 
     # Before the first save. Meanwhile a second training of the workdir is refused; afterwards no lock is in the way.
     first = runs.start(cut)
-    while not begun(cut, runs.log(cut)):
-        assert first.poll() is None, runs.log(cut).read_text()
+    runs.wait_for(cut, begun, first)
     first.send_signal(signal.SIGSTOP)
     second = runs.start(cut, log := tmp_path / "second.log")
     assert second.wait(timeout=120) == 2
@@ -67,8 +66,7 @@ def test_one_run_cut_short_in_every_way(tmp_path: Path) -> None:
     assert latest(cut) == before
 
     stopped = runs.start(cut)
-    while latest(cut) == before:
-        assert stopped.poll() is None, runs.log(cut).read_text()
+    runs.wait_for(cut, saved(before + 1), stopped)
     stopped.send_signal(signal.SIGTERM)
     assert stopped.wait(timeout=60) == 0
     stopped_at = latest(cut)
