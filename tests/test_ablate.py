@@ -361,6 +361,25 @@ def test_the_traces_and_curves_of_an_arm_travel_with_the_table(ablation: Callabl
     assert [run.seed for run in loaded] == [0, 1]
     assert loaded[0].traces and not loaded[1].traces
     assert [row["step"] for row in loaded[1].curve] == list(range(100, 1001, 100))
+    final = loaded[1].evaluations[0]["accuracy"]
+    assert loaded[1].curve[-1]["accuracy"] == pytest.approx(final * (1 - math.exp(-4)))  # of the default exit
+
+
+def test_a_report_takes_the_runs_of_the_table(
+    ablation: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows also hold other code and another configuration of the same arms."""
+    ablation("--seeds=2", "--arms=act")
+    ablation("--seeds=1", "--arms=act", config="experiment.py:smoke")
+    monkeypatch.setattr(records, "code_of", lambda config: "edited")
+    ablation("--seeds=1", "--arms=act")
+    assert len(kept(tmp_path)) == 4
+    (run,) = finished.load([str(tmp_path / "out")])
+    assert run.key == kept(tmp_path)[-1]["key"]
+    monkeypatch.undo()
+    (tmp_path / "out" / "table.json").write_text("{}")
+    with pytest.raises(UserError, match="ablate --table_only"):
+        finished.load([str(tmp_path / "out")])
 
 
 def test_group_takes_only_what_differs_by_seed(tmp_path: Path) -> None:

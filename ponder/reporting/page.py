@@ -131,7 +131,8 @@ def _meanings(table: Table) -> str:
 
 def _list(sentences: Iterable[str]) -> str:
     found = list(sentences)
-    return f"<ul><li>{'<li>'.join(map(escape, found))}</ul>" if found else ""
+    text = "<li>".join(map(escape, found)).replace("n = ", "n&nbsp;=&nbsp;")
+    return f"<ul><li>{text}</ul>" if found else ""
 
 
 def _figure(svg: str, caption: str) -> str:

@@ -59,7 +59,7 @@ def columns(table: Table) -> list[Column]:
         Column(
             "vs fixed",
             "difference to the frontier of fixed depths at equal useful FLOPs, interpolated in log FLOPs, paired by"
-            " seed; outside: cheaper or dearer than all of them",
+            " seed; a depth worse than a cheaper one counts as the cheaper; outside: cheaper or dearer than all",
             lambda line: difference(line.versus, digits) if line.versus else line.versus_why,
         ),
         Column(
@@ -182,6 +182,7 @@ def as_json(table: Table) -> str:
         "claims": claims(table),
         "lines": [line_values(line) for line in table.lines],
         "difficulty_name": table.difficulty_name,
+        "runs": table.keys,
         "by_difficulty": [
             part._asdict() | {"metric": part.metric._asdict(), "steps": part.steps._asdict()}
             for part in table.difficulties

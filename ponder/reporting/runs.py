@@ -40,6 +40,8 @@ class Run:
     difficulty_name: str
     source: str
     """Name of the folder it was read from."""
+    key: str
+    """Of its row in runs.jsonl; empty for a workdir."""
 
     @property
     def task(self) -> str:
@@ -54,7 +56,7 @@ def load(folders: Sequence[epath.PathLike]) -> list[Run]:
         if not folder.exists():
             raise UserError(f"no folder {folder}: name workdirs of ponder.train, or the output of ponder.ablate")
         if (folder / RUNS).exists():
-            found = [from_row(row, source=folder.name) for row in read_rows(folder / RUNS)]
+            found = [from_row(row, source=folder.name) for row in of_table(folder)]
             traces = {path.stem: path for path in sorted((folder / "traces").glob("*.jsonl"))}
             found = [with_traces(run, traces) for run in found]
         else:
@@ -63,6 +65,20 @@ def load(folders: Sequence[epath.PathLike]) -> list[Run]:
             raise UserError(f"{folder} has no finished run: train to the end, then report")
         runs += found
     return _distinct(runs)
+
+
+def of_table(folder: epath.Path) -> list[Row]:
+    """The rows of `runs.jsonl` that the table beside it is made of: it also keeps those of other code and settings."""
+    rows = read_rows(folder / RUNS)
+    if not (folder / "table.json").exists():
+        return rows
+    try:
+        keys = set(json.loads((folder / "table.json").read_text())["runs"])
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder / 'table.json'} is damaged ({error}): make it again by ablate --table_only"
+        ) from error
+    return [row for row in rows if row["key"] in keys]
 
 
 def with_traces(run: Run, traces: dict[str, epath.Path]) -> Run:
@@ -108,6 +124,7 @@ def from_row(row: Row, source: str) -> Run:
             hardware=row["hardware"],
             difficulty_name=row.get("difficulty_name", "difficulty"),
             source=source,
+            key=row.get("key", ""),
         )
     except KeyError as error:
         raise UserError(f"a run in {source} has no {error}: it was written by another version of ponder") from error
@@ -150,10 +167,7 @@ def _distinct(runs: Sequence[Run]) -> list[Run]:
     for run in named:
         key = (run.task, run.arm, run.seed)
         if key in seen:
-            raise UserError(
-                f"{run.source} and {seen[key]} both hold {run.arm}, seed {run.seed}: name one of them, or remove the"
-                " rows of older code"
-            )
+            raise UserError(f"{run.source} and {seen[key]} both hold {run.arm}, seed {run.seed}: name one of them")
         seen[key] = run.source
     return named
 

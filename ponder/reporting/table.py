@@ -86,6 +86,8 @@ class Table:
     hardware: tuple[str, ...]
     cost: str
     notes: tuple[str, ...]
+    keys: tuple[str, ...]
+    """Of the runs it is made of, where they come from runs.jsonl."""
 
 
 def make(
@@ -126,6 +128,7 @@ def make(
         hardware=hardware,
         cost=_cost(runs),
         notes=tuple(notes),
+        keys=tuple(run.key for run in runs if run.key),
     )
 
 
