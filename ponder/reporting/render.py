@@ -59,7 +59,7 @@ def columns(table: Table) -> list[Column]:
         Column(
             "vs fixed",
             "difference to the frontier of fixed depths at equal useful FLOPs, interpolated in log FLOPs, paired by"
-            " seed; a depth worse than a cheaper one counts as the cheaper; outside: cheaper or dearer than all",
+            " seed; a depth that a cheaper one beats counts as the cheaper; outside: cheaper or dearer than all",
             lambda line: difference(line.versus, digits) if line.versus else line.versus_why,
         ),
         Column(
