@@ -11,7 +11,6 @@ As a library: `ponder.train(config, workdir)` and `ponder.load(workdir)`.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import types
@@ -31,6 +30,7 @@ with epy.lazy_imports():  # `--help` needs none of these
     from ponder import checkpoint, evaluation, lock, metrics, preemption, program, runlog, sharding
     from ponder import step as steps
     from ponder.data import feed
+    from ponder.tasks import sources
 
 if TYPE_CHECKING:
     from ponder.step import TrainState
@@ -77,10 +77,11 @@ def train(
       UserError: bad configuration, data or workdir, in one line.
       DivergedError: loss or gradient is not finite; names the step and the last good checkpoint.
     """
+    if data_dir is not None:
+        with sources.reading_from(data_dir):
+            return train(config, workdir, cache_dir=cache_dir, callbacks=callbacks)
     sharding.initialize_distributed()
     validate(config)
-    if data_dir is not None:
-        os.environ["PONDER_DATA"] = data_dir
     folder = records.prepare(workdir if workdir is not None else tempfile.mkdtemp(prefix="ponder-"))
     config = compute.resolve(config)
     mesh = sharding.make_mesh(config.mesh)

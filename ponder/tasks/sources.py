@@ -5,11 +5,13 @@ Nothing is downloaded. A file is found under its upstream name, plain or gzipped
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import hashlib
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +54,19 @@ SOURCES = {
 def source_of(name: str) -> Source | None:
     """The origin of a file, or None where the file is the user's own. `name` is relative to the data folder."""
     return next((source for prefix, source in SOURCES.items() if name.startswith(prefix)), None)
+
+
+@contextlib.contextmanager
+def reading_from(folder: str) -> Iterator[None]:
+    """PONDER_DATA is `folder` inside, and what it was afterwards."""
+    before = os.environ.get("PONDER_DATA")
+    os.environ["PONDER_DATA"] = folder
+    try:
+        yield
+    finally:
+        os.environ.pop("PONDER_DATA")
+        if before is not None:
+            os.environ["PONDER_DATA"] = before
 
 
 def data_folder() -> Path | None:
