@@ -16,8 +16,8 @@ PACKAGE = ROOT / "ponder"
 FLOORS = (
     # what all others are written against: no jax code of ours, no data
     "config errors models.config models.sizes protocols tasks.task",
-    "checkpoint checksum compute data.batch lock memory metrics preemption records serialization sharding statistics"
-    " writers",
+    "checkpoint checksum compute data.batch export lock memory metrics preemption records serialization sharding"
+    " statistics writers",
     "data tasks",
     "halting models",
     "engine",

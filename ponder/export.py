@@ -1,0 +1,89 @@
+"""Parameters and configuration as one file, for other programs and for passing on.
+
+A NumPy `.npz`: one array a leaf by its name ("core/0/up"), and `ponder.json` (UTF-8 bytes) with the format version, the
+run's configuration as `config.json` has it, and the dtypes. It needs nothing but NumPy to be read, and the zip's own
+CRC-32 tells damage. Dtypes that NumPy lacks (bfloat16) are stored as their bits.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from ponder.errors import UserError
+
+FORMAT = 1
+HEADER = "ponder.json"
+
+
+def export_params(path: epath.PathLike, params: Any, config: dict[str, Any]) -> None:
+    """Write `params` (a pytree of arrays) and `config` (JSON) to `path`, whole or not at all.
+
+    In a run of several processes all call it, and process 0 writes. Raises UserError where it cannot.
+    """
+    paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): _on_host(leaf) for path, leaf in paths}
+    header = {"format": FORMAT, "config": config, "dtypes": {name: str(leaf.dtype) for name, leaf in leaves.items()}}
+    arrays: dict[str, Any] = {
+        name: leaf.view(f"u{leaf.itemsize}") if leaf.dtype.kind == "V" else leaf for name, leaf in leaves.items()
+    }
+    arrays[HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    if jax.process_index() == 0:
+        path = epath.Path(path)
+        part = path.parent / f"{path.name}.{os.getpid()}"
+        try:
+            part.write_bytes(buffer.getvalue())
+            part.replace(path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_params(path: epath.PathLike) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """Leaves by name, on the first device, and the configuration. `placed` makes the tree of a model of them.
+
+    Raises:
+      UserError: no such file, damaged, or of another format.
+    """
+    try:
+        with np.load(io.BytesIO(epath.Path(path).read_bytes())) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        header = json.loads(arrays.pop(HEADER).tobytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there: give a file that export_params has written") from error
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged, or no export of parameters ({type(error).__name__})") from error
+    if header["format"] != FORMAT:
+        raise UserError(f"{path} is of export format {header['format']}, but this version reads format {FORMAT}")
+    leaves = {name: jnp.asarray(array.view(jnp.dtype(header["dtypes"][name]))) for name, array in arrays.items()}
+    return leaves, header["config"]
+
+
+def placed(leaves: dict[str, jax.Array], abstract_params: Any) -> Any:
+    """The leaves as a tree like `abstract_params`. Raises UserError that names the first leaf of another shape."""
+    paths, tree = jax.tree_util.tree_flatten_with_path(abstract_params)
+    wanted = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+    for name in [*wanted, *(name for name in leaves if name not in wanted)]:
+        here, there = (
+            f"{tuple(each[name].shape)} {each[name].dtype}" if name in each else "absent" for each in (wanted, leaves)
+        )
+        if here != there:
+            raise UserError(f"the export is of another model: {name} is {there} in the file and {here} in this model")
+    return jax.tree_util.tree_unflatten(tree, [leaves[name] for name in wanted])
+
+
+def _on_host(leaf: jax.Array) -> np.ndarray:
+    if not leaf.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
