@@ -39,6 +39,7 @@ def loose_dtypes():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loose_dtypes")
 def test_rows_of_the_table(tmp_path, monkeypatch, capsys):
     twin = tmp_path / "twin.py"

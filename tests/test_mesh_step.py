@@ -109,7 +109,7 @@ def _is_adam(part: Any) -> bool:
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("seeds", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_state_is_split_as_the_rules_say(mesh: Mesh, seeds: int) -> None:
     """At birth and after a step: parameters, both moments of Adam, the average."""
     # optax's bias correction mixes float and int32.
