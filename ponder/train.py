@@ -109,16 +109,16 @@ def train(
                     state, measured = run.train_step(state, run.put(next(batches)))
                     meter.add(step, measured)
                     leave = leaving.reached(step)
-                    last = leave or step == config.training.steps
+                    last = step == config.training.steps
                     if last or step % config.logging.every_steps == 0:
                         log.write(meter.rows(run.learning_rate(step - 1)))
                     score = None
-                    if step == config.training.steps or step % config.evaluation.every_steps == 0:
+                    if last or step % config.evaluation.every_steps == 0:
                         with meter.paused():
                             rows = held_out.evaluate("validation", state, step, config.evaluation.rows)
                         log.write(rows)
                         score = evaluation.score(rows)
-                    if last or step % config.checkpoint.every_steps == 0:
+                    if last or leave or step % config.checkpoint.every_steps == 0:
                         meter.check()
                         with meter.paused():
                             saves.save(step, state, batches.get_state() | {"train_seconds": meter.seconds}, score=score)
@@ -148,6 +148,7 @@ def finish(
     results = [
         {
             "seed": config.seed + i,
+            "difficulty_name": config.task.difficulty_name,
             "config": records.to_json(config),
             "commit": records.commit(),
             "hardware": records.hardware(),
