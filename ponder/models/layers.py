@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
@@ -68,12 +69,19 @@ class RMSNorm(nnx.Module):
 
 
 def rotations(
-    positions: Int[Array, "B T"], head_size: int, theta: float
+    positions: Int[Array, "B T"], head_size: int, theta: float, count: int
 ) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-    """Cosine and sine of RoPE's angles (Su et al. 2021), fp32. Positions restart with every packed segment."""
-    frequency = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-    angle = positions.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
-    return jnp.cos(angle), jnp.sin(angle)
+    """Cosine and sine of RoPE's angles (Su et al. 2021), fp32, for positions below `count`.
+
+    They are looked up in a table that is a constant of the program: XLA fuses sines and cosines into whatever uses
+    them, and so would compute them again for every head of every layer, forward and backward.
+    """
+    frequency = theta ** (-np.arange(0, head_size, 2) / head_size)
+    angle = np.arange(count)[:, None] * frequency[None, :]  # float64
+    tables = (jnp.asarray(function(angle), jnp.float32) for function in (np.cos, np.sin))
+    # A position outside the table gives NaN, not another position's angles.
+    cosine, sine = (jnp.take(table, positions, axis=0, mode="fill") for table in tables)
+    return cosine, sine
 
 
 def rotate(
@@ -84,6 +92,13 @@ def rotate(
     cosine, sine = cosine[:, :, None, :], sine[:, :, None, :]
     rotated = jnp.concatenate((first * cosine - second * sine, second * cosine + first * sine), axis=-1)
     return rotated.astype(x.dtype)
+
+
+@jax.checkpoint
+def swiglu(gate: Float[Array, "*n F"], up: Float[Array, "*n F"], down: Float[Array, "F D"]) -> Float[Array, "*n D"]:
+    """(silu(gate) * up) @ down (Shazeer 2020). Keeps `gate` and `up` alone for the backward pass: of the four arrays of
+    width F that autodiff would keep, two are cheaper to compute again than to read back."""
+    return linear(jax.nn.silu(gate) * up, down)
 
 
 class Block(nnx.Module):
@@ -135,8 +150,8 @@ class Block(nnx.Module):
         mixed = mixed.reshape(*x.shape[:-1], -1)  # [B, T, N * H]
         x = x + linear(mixed, self.out[...].reshape(-1, x.shape[-1]))
         h = constrain_lanes(self.mlp_norm(x))
-        h = jax.nn.silu(linear(h, self.gate[...])) * linear(h, self.up[...])  # [B, T, F]
-        return constrain_lanes(x + linear(h, self.down[...])), shown
+        mlp = swiglu(linear(h, self.gate[...]), linear(h, self.up[...]), self.down[...])
+        return constrain_lanes(x + mlp), shown
 
 
 class HaltingHead(nnx.Module):

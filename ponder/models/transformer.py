@@ -68,8 +68,8 @@ class Transformer(nnx.Module):
 
     def context(self, segments: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Context:
         """Visibility and rotary angles of full sequences. `segments`: 1, 2, ... by packed example, 0 on padding."""
-        head_size = Sizes.of(self.config).head_size
-        cosine, sine = layers.rotations(positions, head_size, self.config.rope_theta)
+        head_size, length = Sizes.of(self.config).head_size, positions.shape[-1]
+        cosine, sine = layers.rotations(positions, head_size, self.config.rope_theta, length)
         causal = self.config.causal
         return Context(segments, visible(segments, causal), cosine, sine, causal=causal, backend=self.config.attention)
 
