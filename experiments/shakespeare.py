@@ -13,9 +13,9 @@ from ponder.halting.pondernet import PonderNet
 from ponder.models.config import Transformer
 from ponder.tasks.text import Text
 
-ARMS = ("fixed4", "act", "pondernet", "fixed1", "fixed2", "fixed3")
+ARMS = ("fixed3", "act", "pondernet", "fixed1", "fixed2")
 SEEDS = 3
-STEPS = 4  # K of the arms that halt
+STEPS = 3  # K of the arms that halt
 
 
 def get_config(arm: str = "pondernet", seed: int = 0, smoke: bool = False) -> Config:
@@ -31,7 +31,7 @@ def of_arm(arm: str, seed: int, smoke: bool) -> Config:
         task=Text(length=64 if smoke else 128),
         model=Transformer(
             steps=depth,
-            d_model=32 if smoke else 128,
+            d_model=32 if smoke else 96,
             heads=4,
             prelude_layers=1,
             core_layers=1,
@@ -39,12 +39,12 @@ def of_arm(arm: str, seed: int, smoke: bool) -> Config:
             halting_head=arm in halts,
         ),
         rule=halts.get(arm, Fixed()),
-        optim=Optim(lr=2e-3, warmup_steps=100, weight_decay=0.1),
-        training=Training(batch_size=8 if smoke else 32, steps=40 if smoke else 2500),
+        optim=Optim(lr=5e-3, warmup_steps=100, weight_decay=0.2, ema_decay=0.98),
+        training=Training(batch_size=8 if smoke else 16, steps=40 if smoke else 1700),
         evaluation=Evaluation(
-            every_steps=20 if smoke else 250, rows=16 if smoke else 128, batch_size=16 if smoke else 64
+            every_steps=20 if smoke else 500, rows=16 if smoke else 256, batch_size=16 if smoke else 64
         ),
-        checkpoint=Checkpointing(every_steps=20 if smoke else 250),
+        checkpoint=Checkpointing(every_steps=20 if smoke else 500),
         logging=Logging(every_steps=10 if smoke else 50),
         seed=seed,
     )

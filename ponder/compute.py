@@ -96,8 +96,8 @@ def scores(heads: Number, head_size: Number, keys: Number) -> Cost:
 
 
 def swiglu(size: Number) -> Cost:
-    """silu(gate) * up."""
-    return Cost(5 * size, 8 * size)
+    """silu(gate) * up; computed again in the backward pass, which keeps only the two of them."""
+    return Cost(5 * size, 13 * size)
 
 
 def embedding(size: Number) -> Cost:
@@ -230,6 +230,8 @@ def inference_flops(
     lanes: Number,
     lane_steps: Number,
     targets: Number,
+    keys: Number | None = None,
+    step_keys: Number | None = None,
     length: int | None = None,
     padding: Number = 0,
 ) -> tuple[Number, Number]:
@@ -237,16 +239,19 @@ def inference_flops(
 
     Args:
       lanes: lanes that are not padding; lane_steps: steps that they executed, summed; targets: lanes that are read out.
-      length: T of the rows, by default the task's. Useful work meets (T + 1) / 2 keys on average under a causal mask.
+      keys: what a lane sees, mean over lanes; step_keys: the same, mean over lane steps. By default those of rows that
+        hold one example each, without padding: (T + 1) / 2 under a causal mask, else T.
+      length: T of the rows, by default the task's.
       padding: lanes of padding beside them. They are spent, never useful.
     """
     model, shape, rule = config.model, config.task.shape, config.rule
     # The width of a recurrent input is fixed by its parameters; a sequence of tokens may be longer.
     if shape.lanes == "token" and length is not None:
         shape = shape._replace(length=length)
-    seen = (shape.length + 1) / 2 if isinstance(model, Transformer) and model.causal else shape.length
-    lean = parts(model, shape, rule.needs, seen)
-    useful = lanes * lean.begin + lane_steps * thinking(model, shape, rule, seen) + targets * lean.logits
+    whole = (shape.length + 1) / 2 if isinstance(model, Transformer) and model.causal else shape.length
+    keys, step_keys = whole if keys is None else keys, whole if step_keys is None else step_keys
+    lean = parts(model, shape, rule.needs, keys)
+    useful = lanes * lean.begin + lane_steps * thinking(model, shape, rule, step_keys) + targets * lean.logits
     # A coda attends: it needs the other lanes too. A final norm does not.
     attends = isinstance(model, Transformer) and model.coda_layers > 0
     useful += (lanes if attends else targets) * lean.finish

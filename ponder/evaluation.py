@@ -15,6 +15,8 @@ from ponder import compute
 from ponder.config import Config
 from ponder.data import feed
 from ponder.data.batch import Batch
+from ponder.models.attention import visible
+from ponder.models.config import Transformer
 from ponder.objectives.ponder import lane_mask, ponder_loss, predict
 from ponder.step import TrainState, evaluated
 
@@ -34,7 +36,9 @@ class Sums(NamedTuple):
     loss: Float[Array, "D"]  # nats, summed over targets
     steps: Float[Array, "D"]  # executed, summed over targets
     lanes: Float[Array, ""]  # every lane that is not padding, prompt included
-    lane_steps: Float[Array, ""]
+    lane_steps: Float[Array, ""]  # steps of all of them
+    keys: Float[Array, ""]  # what they see, summed over lanes
+    step_keys: Float[Array, ""]  # and summed over lane steps
     padding: Float[Array, ""]  # every other lane
     run_on_loss: Float[Array, ""]  # of the answer at the stop when stopped lanes run on, summed over targets
     expected_loss: Float[Array, ""]  # the training objective's task loss, summed over targets
@@ -59,6 +63,7 @@ def make_evaluate_step(graphdef: Any, config: Config) -> Callable[[Any, Batch, j
         key = jax.random.fold_in(key, i)
         model = nnx.merge(graphdef, params)
         mask = lane_mask(batch).astype(jnp.float32)
+        keys = keys_seen(config, batch)
         answers = {}
         for exit in config.rule.exits:
             rule = config.rule.exiting(exit)
@@ -85,7 +90,9 @@ def make_evaluate_step(graphdef: Any, config: Config) -> Callable[[Any, Batch, j
                     loss=by_difficulty(frozen.task_loss),
                     steps=by_difficulty(frozen.steps),
                     lanes=jnp.sum(mask),
-                    lane_steps=jnp.sum(frozen.steps * mask),
+                    lane_steps=jnp.sum(frozen.steps.astype(jnp.float32)),
+                    keys=jnp.sum(keys * mask),
+                    step_keys=jnp.sum(keys * frozen.steps),
                     padding=jnp.sum(1.0 - mask),
                     run_on_loss=jnp.sum(run_on.stop_loss * batch.weights),
                     expected_loss=jnp.sum(run_on.task_loss * batch.weights),
@@ -95,6 +102,13 @@ def make_evaluate_step(graphdef: Any, config: Config) -> Callable[[Any, Batch, j
         return answers
 
     return evaluate_step
+
+
+def keys_seen(config: Config, batch: Batch) -> Float[Array, "*n"]:
+    """Keys that each lane attends to, itself included; 1 where lanes do not attend."""
+    if not isinstance(config.model, Transformer):
+        return jnp.ones(batch.targets.shape, jnp.float32)
+    return visible(batch.segments, config.model.causal).sum(-1).astype(jnp.float32)
 
 
 def exact_matches(batch: Batch, correct: Bool[Array, "*n"], difficulties: int) -> tuple[Array, Array]:
@@ -153,7 +167,10 @@ class HeldOut:
         ]
 
     def traces(self, split: str, state: TrainState, limit: int) -> list[Row]:
-        """What the first rows of a split thought, by the rule's default exit and the first seed. Process 0 has them."""
+        """What some rows of a split thought, by the rule's default exit and the first seed. Process 0 has them.
+
+        The rows are spread evenly over the split. Lanes that need not think (`thinking_lanes`) have 0 steps.
+        """
         config = self._run.config
         batch = next(self._batches(split, config.evaluation.batch_size))
         answers = self._run.evaluate_step(evaluated(state), self._run.put(batch, seeds=False), 0)
@@ -202,6 +219,8 @@ def summarise(sums: Any, config: Config, length: int) -> Row:
         config,
         lanes=float(sums.lanes),
         lane_steps=float(sums.lane_steps),
+        keys=float(sums.keys / sums.lanes),
+        step_keys=float(sums.step_keys / max(sums.lane_steps, 1.0)),
         targets=float(targets),
         length=length,
         padding=float(sums.padding),

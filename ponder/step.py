@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from ponder.config import Config
 from ponder.data.batch import Batch
-from ponder.objectives.ponder import lane_mask, mean_over, ponder_loss
+from ponder.objectives.ponder import mean_over, ponder_loss, thinking_lanes
 
 Parameters = Any  # nested dict of arrays
 Metrics = dict[str, Float[Array, ""]]
@@ -52,15 +52,16 @@ def make_train_step(
     """`(state, batch, key) -> (state, metrics)`, pure.
 
     `key` is the run's key: the step's own is `fold_in(key, step)`, so a resumed run draws the same numbers. Metrics:
-    loss, task_loss (nats a target), cost (a lane), steps (a target), gradient_norm (before clipping).
+    loss, task_loss (nats a target), cost (a thinking lane), steps (a target), gradient_norm (before clipping).
     """
     parts = config.optim.accumulate
     rule, model = config.rule, config.model
 
     def loss(params: Parameters, batch: Batch, whole: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """Share of the whole batch's loss that the part `batch` brings; the shares add up, gradients too."""
+        trajectory = nnx.merge(graphdef, params)
         _, outcome = ponder_loss(
-            nnx.merge(graphdef, params),
+            trajectory,
             rule,
             batch,
             key,
@@ -68,9 +69,9 @@ def make_train_step(
             unroll=model.unroll,
             remat=model.remat,
         )
-        targets, lanes = batch.weights, lane_mask(batch).astype(jnp.float32)
+        targets, lanes = batch.weights, outcome.thinks.astype(jnp.float32)
         of_targets = targets.sum() / jnp.maximum(whole.weights.sum(), 1.0)
-        of_lanes = lanes.sum() / jnp.maximum(lane_mask(whole).sum().astype(jnp.float32), 1.0)
+        of_lanes = lanes.sum() / jnp.maximum(thinking_lanes(trajectory, whole).sum().astype(jnp.float32), 1.0)
         task_loss = mean_over(outcome.task_loss, targets) * of_targets
         cost = mean_over(outcome.cost, lanes) * of_lanes
         total = task_loss + rule.cost_weight * cost

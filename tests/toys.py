@@ -38,6 +38,8 @@ def single(params: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 class Tanh:
     """state <- tanh(state W + x U), one lane a token, or one an example whose input is the sum of its tokens."""
 
+    shares_steps = False
+
     def __init__(self, params: dict[str, jax.Array], steps: int = 4, example: bool = False):
         self.params, self.steps, self.example = params, steps, example
 
@@ -66,6 +68,8 @@ class Tanh:
 
 class Attending(Tanh):
     """Each lane also sees the mean of what the lanes before it in its segment show: the state at their last step."""
+
+    shares_steps = True
 
     def context(self, segments: jax.Array, positions: Any) -> Context:
         length = segments.shape[1]

@@ -23,7 +23,7 @@ class _Loop(NamedTuple):
     state: State
     context: Any
     carry: Carry
-    running: Bool[jax.Array, "*n"]  # lanes that have not stopped; padding never runs
+    running: Bool[jax.Array, "*n"]  # lanes that have not stopped; those outside the mask never run
     result: State  # see Ran.state
     cost: Float[jax.Array, "*n"]
     steps: Int[jax.Array, "*n"]
@@ -49,7 +49,7 @@ def masked(
     Args:
       x, state, context: what `trajectory.begin` gave.
       key: step k gets `fold_in(key, k)`, split between trajectory and rule.
-      mask: lanes that exist. Padding has steps, weight and cost 0 and keeps nothing alive.
+      mask: lanes that think. The others, padding say, have steps, weight and cost 0 and keep nothing alive.
       freeze: True is the reference inference: a stopped lane's state does not move, the trajectory is told who is
         `running` so that stopped lanes keep their keys, and the lane takes the remaining mass at its stop. False is the
         training relaxation: stopped lanes run on, and a rule that mixes losses spreads its mass over all K steps.

@@ -15,11 +15,12 @@ from ponder.protocols import Ran, Rule, Trajectory
 
 
 class Outcome(NamedTuple):
-    """What happened on each lane. Padding has steps, cost and p_halt 0; its losses mean nothing."""
+    """What happened on each lane. Lanes that do not think have steps, cost and p_halt 0; their losses mean nothing."""
 
     task_loss: Float[jax.Array, "*n"]  # fp32 nats: expected over the halting step where the rule mixes losses
     stop_loss: Float[jax.Array, "*n"]  # fp32 nats: of the answer read out at the stop, as at inference
     cost: Float[jax.Array, "*n"]  # fp32, the rule's regulariser before `rule.cost_weight`
+    thinks: Bool[jax.Array, "*n"]  # see `thinking_lanes`
     steps: Int[jax.Array, "*n"]  # int32, executed until the stop
     correct: Bool[jax.Array, "*n"]  # of the answer read out at the stop
     p_halt: Float[jax.Array, "K *n"]  # fp32
@@ -29,6 +30,13 @@ def lane_mask(batch: Batch) -> Bool[jax.Array, "*n"]:
     """Lanes that are not padding: tokens in a segment, or examples that have one."""
     real = batch.segments > 0  # [B, T]
     return real if batch.targets.ndim == batch.segments.ndim else real.any(axis=-1)
+
+
+def thinking_lanes(trajectory: Trajectory, batch: Batch) -> Bool[jax.Array, "*n"]:
+    """Lanes whose thinking can matter to an answer: all that are not padding where lanes see each other's steps, else
+    those with a target. The others think no step, are priced none and cost nothing."""
+    real = lane_mask(batch)
+    return real if trajectory.shares_steps else real & (batch.weights > 0)
 
 
 def mean_over(values: Float[jax.Array, "*n"], weights: jax.Array) -> Float[jax.Array, ""]:
@@ -51,9 +59,9 @@ def ponder_loss(
 ) -> tuple[Float[jax.Array, ""], Outcome]:
     """Task loss and cost of thinking. Differentiate with respect to the trajectory's parameters.
 
-    loss = mean of task_loss over target lanes (by `batch.weights`) + rule.cost_weight * mean of cost over all lanes
-    that are not padding. Prompt tokens have no target but think too, so they pay. Both are means over lanes, so neither
-    term's scale depends on the length or on the amount of padding.
+    loss = mean of task_loss over target lanes (by `batch.weights`) + rule.cost_weight * mean of cost over the lanes that
+    think (`thinking_lanes`). Where lanes see each other's steps the prompt thinks and pays, too, and its length dilutes
+    the price of a step on an answer. Both are means over lanes: doubling the rows or adding padding changes neither.
 
     Where the rule mixes losses (PonderNet eq. 3), each lane's cross entropy at step k is weighted by that lane's own
     p_halt[k], and only then reduced: a loss averaged first would tell no lane when to stop. Otherwise the final state
@@ -80,11 +88,12 @@ def ponder_loss(
             task_loss=(ran.weight * losses).sum(axis=0),
             stop_loss=jnp.take_along_axis(losses, stop, axis=0)[0],
             cost=ran.cost,
+            thinks=thinking_lanes(trajectory, batch),
             steps=ran.steps,
             correct=jnp.take_along_axis(right, stop, axis=0)[0],
             p_halt=ran.weight,
         )
-    loss = mean_over(outcome.task_loss, batch.weights) + rule.cost_weight * mean_over(outcome.cost, lane_mask(batch))
+    loss = mean_over(outcome.task_loss, batch.weights) + rule.cost_weight * mean_over(outcome.cost, outcome.thinks)
     return loss, outcome
 
 
@@ -110,7 +119,8 @@ def _run(trajectory: Trajectory, rule: Rule, batch: Batch, key: jax.Array, *, ob
     begin_key, think_key = jax.random.split(key)
     context = trajectory.context(batch.segments, batch.positions)
     state, x, context = trajectory.begin(trajectory.embed(batch.inputs), context, begin_key)
-    return masked(trajectory, rule, x, state, context, think_key, mask=lane_mask(batch), observe=observe, **options)
+    mask = thinking_lanes(trajectory, batch)
+    return masked(trajectory, rule, x, state, context, think_key, mask=mask, observe=observe, **options)
 
 
 def _read_out(trajectory: Trajectory, ran: Ran, batch: Batch) -> Outcome:
@@ -120,6 +130,7 @@ def _read_out(trajectory: Trajectory, ran: Ran, batch: Batch) -> Outcome:
         task_loss=loss,
         stop_loss=loss,
         cost=ran.cost,
+        thinks=thinking_lanes(trajectory, batch),
         steps=ran.steps,
         correct=correct(logits, batch.targets),
         p_halt=ran.weight,
