@@ -22,7 +22,7 @@ STEPS = 12  # K of the arms that halt
 
 
 def get_config(
-    arm: str = "pondernet", seed: int = 0, n: int = 16, max_train_nonzero: int = 8, smoke: bool = False
+    arm: str = "pondernet", seed: int = 0, n: int = 16, max_train_nonzero: int | None = 8, smoke: bool = False
 ) -> Config:
     """`arm`: fixedK (K steps always), act or pondernet. All train for the FLOPs that pondernet needs."""
     config = of_arm(arm, seed, n, max_train_nonzero, smoke)

@@ -25,7 +25,7 @@ class Optim:
     """Length of the schedule. None: the run's total steps."""
     final_lr_fraction: float = 0.1
     weight_decay: float = 0.0
-    """On matrices only: not on biases, norms and embeddings."""
+    """On matrices only: not on biases, norms, embeddings and readouts."""
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-8

@@ -19,6 +19,7 @@ from ponder.models.attention import visible
 from ponder.models.config import Transformer
 from ponder.objectives.ponder import lane_mask, ponder_loss, predict
 from ponder.step import TrainState, evaluated
+from ponder.tasks.task import Rows
 
 if TYPE_CHECKING:
     from ponder.program import Program
@@ -141,12 +142,14 @@ class HeldOut:
     def __init__(self, run: Program, cache_dir: str | None, process_index: int = 0, process_count: int = 1):
         self._run, self._cache_dir = run, cache_dir
         self._place = process_index, process_count
+        self._rows: dict[str, Rows] = {}  # a run is held to what it read first, should a file change under it
 
     def _batches(self, split: str, limit: int | None) -> Iterator[Batch]:
         """This process's blocks, numpy."""
         config = self._run.config
-        rows = feed.rows(config.task, split, self._cache_dir)
-        return feed.evaluation_batches(rows, config.evaluation.batch_size, limit, *self._place)
+        if split not in self._rows:
+            self._rows[split] = feed.rows(config.task, split, self._cache_dir)
+        return feed.evaluation_batches(self._rows[split], config.evaluation.batch_size, limit, *self._place)
 
     def evaluate(self, split: str, state: TrainState, step: int, limit: int | None) -> list[Row]:
         """Evaluation rows of metrics.jsonl, one for each exit and seed. `limit`: this many rows, None for all."""

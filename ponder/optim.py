@@ -9,7 +9,7 @@ import optax
 
 from ponder.config import Optim
 
-NOT_DECAYED = frozenset({"vocab"})  # embeddings: their rows are seen at very different rates
+NOT_DECAYED = frozenset({"vocab"})  # embeddings and readouts: a class's row is seen at its own rate
 
 
 def schedule(optim: Optim, total_steps: int) -> optax.Schedule:

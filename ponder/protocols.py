@@ -67,7 +67,7 @@ class Trajectory(Protocol):
     """How the hidden state moves. Owns every parameter, the halting head included; no loop over k, no loss, no rule."""
 
     steps: int  # K
-    shares_steps: bool  # whether other lanes see what a lane's steps did; if not, a lane without a target need not think
+    shares_steps: bool  # whether a lane's steps reach other lanes; if not, a lane without a target need not think
 
     def context(self, segments: Int[jax.Array, "B T"], positions: Int[jax.Array, "B T"]) -> Any:
         """What a lane sees of the others, for full sequences. A pytree; `None` where it sees none of them."""

@@ -36,12 +36,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "embed": "fsdp",
     "mlp": "tensor",
     "heads": "tensor",
-    "kv_heads": "tensor",
     "vocab": "tensor",
     "head_dim": None,
     "length": None,
     "layers": None,
-    "steps": None,
     "seeds": None,
 }
 

@@ -11,6 +11,7 @@ from tiny import as_users_run  # noqa: F401
 
 from ponder import compute, evaluation, sharding
 from ponder.data.batch import Batch
+from ponder.objectives.ponder import ponder_loss, predict
 from ponder.program import compile_program
 from ponder.step import evaluated
 
@@ -68,6 +69,35 @@ def test_rows_do_not_depend_on_how_the_split_is_batched(made, tmp_path) -> None:
             assert a[name] == pytest.approx(b[name], rel=1e-5), name
         assert a["by_difficulty"][0]["loss"] == pytest.approx(b["by_difficulty"][0]["loss"], rel=1e-5)
         assert b["spent_flops"] >= a["spent_flops"] > a["useful_flops"]
+
+
+@pytest.mark.parametrize("kv", ["first", "depth"])
+def test_sums_by_brute_force(kv, tmp_path) -> None:
+    """Lane by lane out of `predict` and `ponder_loss`, which other tests hold to float64."""
+    config = tiny.config(model__kv=kv, model__steps=3)
+    run = compile_program(config, sharding.make_mesh(config.mesh))
+    # Small weights stop every lane at the same step.
+    state = jax.tree.map(lambda leaf: leaf * 3 if leaf.dtype == jnp.float32 else leaf, run.initial_state())
+    batch = Batch(*map(jnp.asarray, tiny.batch(config)))
+    rule, model = config.rule.exiting("quantile"), run.model(state.params)
+    frozen = predict(model, rule, batch, jax.random.key(0))
+    _, run_on = ponder_loss(model, rule, batch, jax.random.key(0), freeze=False)
+    sums, _ = run.evaluate_step(state.params, run.put(batch, seeds=False), 0)["quantile"]
+    weights, real, steps = (np.asarray(a, np.float64) for a in (batch.weights, batch.segments > 0, frozen.steps))
+    assert len(set(steps[weights > 0])) > 1
+    np.testing.assert_allclose(sums.loss.sum(), (frozen.task_loss * weights).sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums.run_on_loss, (run_on.stop_loss * weights).sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums.expected_loss, (run_on.task_loss * weights).sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums.steps.sum(), (steps * weights).sum(), rtol=1e-6)
+    same = np.allclose(sums.run_on_loss, sums.loss.sum(), rtol=1e-4)
+    assert same == (kv == "first")  # the gap of the relaxation is there where keys move
+    keys = np.asarray(batch.positions) + 1.0
+    thinks = weights > 0 if kv == "first" else real > 0
+    assert (steps[thinks] > 0).all() and (steps[~thinks] == 0).all()
+    np.testing.assert_allclose(sums.lanes, real.sum())
+    np.testing.assert_allclose(sums.keys, (keys * real).sum())
+    np.testing.assert_allclose(sums.lane_steps, steps.sum())
+    np.testing.assert_allclose(sums.step_keys, (keys * steps).sum())
 
 
 def test_useful_flops_end_at_the_stop() -> None:

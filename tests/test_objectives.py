@@ -188,6 +188,22 @@ def test_one_lane_an_example(rule: Rule) -> None:
     assert outcome.steps[1] == 0 and outcome.cost[1] == 0
 
 
+@pytest.mark.parametrize("rule", [Act(tau=0.5), PonderNet(beta=0.5)])
+def test_a_longer_prompt_does_not_dilute_the_price_of_a_step(rule: Rule) -> None:
+    """Where lanes do not see each other's steps, those without a target do not think: no step, no cost, no weight."""
+    toy = Tanh(single(parameters()), STEPS)
+    short = batch_of([[0, 1]], [[1, 2]], weights=[[0, 1]])
+    long = batch_of([[2, 3, 0, 1]], [[0, 0, 1, 2]], weights=[[0, 0, 0, 1]])
+    run = jax.jit(lambda batch: ponder_loss(toy, rule, batch, KEY, freeze=False, unroll=False))
+    (loss, _), (same, outcome) = run(short), run(long)
+    np.testing.assert_allclose(same, loss, rtol=1e-6)
+    assert outcome.thinks.tolist() == [[False, False, False, True]]
+    assert (outcome.steps[0, :3] == 0).all() and (outcome.cost[0, :3] == 0).all()
+    assert (outcome.p_halt[:, 0, :3] == 0).all() and outcome.steps[0, 3] >= 1
+    seen = jax.jit(lambda batch: ponder_loss(Attending(toy.params, STEPS), rule, batch, KEY, freeze=False)[1])(long)
+    assert seen.thinks.all() and (seen.steps >= 1).all()
+
+
 def test_batch_without_targets_costs_no_task_loss() -> None:
     batch = BATCH._replace(weights=jnp.zeros_like(BATCH.weights), segments=jnp.zeros_like(BATCH.segments))
 

@@ -71,7 +71,7 @@ def test_indivisible_parameters() -> None:
         sharding.shardings({"core": {"up": leaf}}, {"core": {"up": ("embed", "mlp")}}, mesh)
     # Left whole: a vocabulary of any size, a dimension smaller than the axis, an activation.
     assert sharding.spec(("vocab", "embed"), (13, 6), mesh, "embedding") == P(None, "fsdp")
-    assert sharding.spec(("embed", "kv_heads"), (6, 1), mesh, "key") == P("fsdp", None)
+    assert sharding.spec(("embed", "heads"), (6, 1), mesh, "key") == P("fsdp", None)
     assert sharding.spec(("length", "mlp"), (3, 10), mesh) == P(None, None)
 
 

@@ -161,6 +161,8 @@ def test_parity_of_known_vectors() -> None:
         (lambda: Parity(n=4).verify("+0x-", "1"), "4 of the symbols"),
         (lambda: Addition(digits=0), "1..17"),
         (lambda: Addition(digits=18), "1..17"),
+        (lambda: Addition(train_rows=-5), "at least 1"),
+        (lambda: Parity(evaluation_rows=0), "at least 1"),
         (lambda: Addition().encode("12-3="), "must read as"),
         (lambda: Addition().verify("12+", "3"), "must read as"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from ponder.errors import UserError
+from ponder.tasks import tfds_builder
 from ponder.tasks.addition import Addition
 from ponder.tasks.builder import COMPLETE, fingerprint, load, prepare
 from ponder.tasks.parity import Parity
@@ -147,6 +149,17 @@ def test_unknown_splits_and_unwritable_caches_are_one_line(cache: Path, tmp_path
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write the cache"):
         load(PARITY, "train", tmp_path / "file")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tfds_builder, "check", full)  # in the midst of writing
+        with pytest.raises(UserError, match=r"cannot write the cache .*No space left on device"):
+            load(PARITY, "train", tmp_path)
+    assert len(load(PARITY, "train", tmp_path).inputs) == PARITY.train_rows
 
 
 def test_the_cache_folder_is_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,6 +256,7 @@ def test_the_verifier_wants_the_stored_target(squares: Jsonl) -> None:
         ('{"input": "a", "target": "b", "answer": "c"}', 'line 3: unknown key "answer"'),
         ('{"input": "a", "target": "b", "difficulty": 8}', "line 3: difficulty must be an integer in 0..7"),
         ('{"input": "a", "target": "b", "difficulty": true}', "line 3: difficulty must be an integer"),
+        (r'{"input": "\ud800", "target": "b"}', "line 3: half of a surrogate pair"),
         ('{"input": "a", "target": "' + "b" * 30 + '"}', "line 3: takes 32 tokens of 24; set length=32 or more"),
     ],
 )
@@ -265,6 +266,16 @@ def test_a_malformed_row_is_named(tmp_path: Path, line: str, message: str) -> No
     with pytest.raises(UserError, match=message.replace("[", r"\[")) as caught:
         next(Jsonl(str(path), length=24).rows("train"))
     assert "\n" not in str(caught.value)
+
+
+def test_line_ends_of_unicode_are_part_of_a_row(tmp_path: Path) -> None:
+    rows = [{"input": "a\u2028b", "target": "c\x85"}, {"input": "d", "target": "e"}]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert [(found.input, found.target) for found in Jsonl(str(path), length=24).questions()] == [
+        ("a\u2028b", "c\x85"),
+        ("d", "e"),
+    ]
 
 
 def test_a_row_may_fill_its_length(tmp_path: Path) -> None:

@@ -126,6 +126,8 @@ def _pallas(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, causa
     if platform != "tpu" and not interpret:
         other = "cudnn" if platform == "gpu" else "xla"
         raise UserError(f"attention=pallas needs a TPU, this is {platform}: use attention={other}")
+    if jax.sharding.get_abstract_mesh().size > 1:
+        raise UserError("attention=pallas runs on one device, its kernel cannot be cut over a mesh: use attention=xla")
     if length % 128:
         raise UserError(f"attention=pallas needs a length divisible by 128, not {length}: use attention=xla")
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash

@@ -59,9 +59,9 @@ def ponder_loss(
 ) -> tuple[Float[jax.Array, ""], Outcome]:
     """Task loss and cost of thinking. Differentiate with respect to the trajectory's parameters.
 
-    loss = mean of task_loss over target lanes (by `batch.weights`) + rule.cost_weight * mean of cost over the lanes that
-    think (`thinking_lanes`). Where lanes see each other's steps the prompt thinks and pays, too, and its length dilutes
-    the price of a step on an answer. Both are means over lanes: doubling the rows or adding padding changes neither.
+    loss = mean of task_loss over target lanes (by `batch.weights`) + rule.cost_weight * mean of cost over the lanes
+    that think (`thinking_lanes`). Where lanes see each other's steps the prompt thinks and pays, too, and its length
+    dilutes the price of a step on an answer. Both are means over lanes: more rows or padding change neither.
 
     Where the rule mixes losses (PonderNet eq. 3), each lane's cross entropy at step k is weighted by that lane's own
     p_halt[k], and only then reduced: a loss averaged first would tell no lane when to stop. Otherwise the final state

@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from ponder.errors import UserError
-from ponder.tasks.task import BLOCK, FRACTIONS, SPLITS, Rows, Shape, Task, owners, whole_rows
+from ponder.tasks.task import BLOCK, FRACTIONS, SPLITS, Rows, Shape, Task, check_row_counts, owners, whole_rows
 
 ALPHABET = "0123456789+=,:"
 
@@ -44,6 +44,7 @@ class Addition(Task):
     def __post_init__(self) -> None:
         if not 1 <= self.digits <= 17:
             raise UserError(f"addition digits={self.digits}: must be in 1..17")
+        check_row_counts(self)
 
     @property
     def shape(self) -> Shape:

@@ -69,11 +69,16 @@ def prepare(task: Task, cache_dir: str | Path | None = None) -> Any:
     with _locked(cache, name):
         if not _complete(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            builder = make()
-            with _quiet():
-                builder.download_and_prepare()
-            sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-            (folder / COMPLETE).write_text(json.dumps(sizes))
+            try:
+                builder = make()
+                with _quiet():
+                    builder.download_and_prepare()
+                files = [path for path in folder.rglob("*") if path.is_file()]
+                sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+                (folder / COMPLETE).write_text(json.dumps(sizes))
+            except OSError as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise _not_written(cache, error) from error
         return make()
 
 
@@ -103,6 +108,10 @@ def _complete(folder: Path) -> bool:
         return False
 
 
+def _not_written(cache: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write the cache {cache} ({error.strerror}): set PONDER_CACHE to another folder")
+
+
 @contextlib.contextmanager
 def _locked(cache: Path, name: str) -> Iterator[None]:
     """Hold the lock of one data set. The system frees it when a process dies, however it dies."""
@@ -110,9 +119,7 @@ def _locked(cache: Path, name: str) -> Iterator[None]:
         cache.mkdir(parents=True, exist_ok=True)
         lock = (cache / f".{name}.lock").open("w")
     except OSError as error:
-        raise UserError(
-            f"cannot write the cache {cache} ({error.strerror}): set PONDER_CACHE to another folder"
-        ) from error
+        raise _not_written(cache, error) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -75,7 +75,8 @@ class Jsonl(Task):
     def questions(self) -> list[Question]:
         """The file's lines. Raises UserError with the number of a line that is malformed or too long."""
         (path,) = self.sources()
-        lines = sources.read_text(path).splitlines()
+        # JSON strings may hold U+2028 and other line ends of Unicode; only a newline ends a row.
+        lines = sources.read_text(path).split("\n")
         return [self._question(f"{path} line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
 
     def _question(self, where: str, line: str) -> Question:
@@ -88,9 +89,13 @@ class Jsonl(Task):
         if unknown := set(row) - set(Question._fields):
             raise UserError(f'{where}: unknown key "{min(unknown)}"; known are {", ".join(Question._fields)}')
         question = Question(row["input"], row["target"], row.get("difficulty", 0))
+        try:
+            tokens = len(self._ids(question)) - 1
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: half of a surrogate pair cannot be written as UTF-8 ({error.reason})") from error
         if type(question.difficulty) is not int or not 0 <= question.difficulty < self.levels:
             raise UserError(f"{where}: difficulty must be an integer in 0..{self.levels - 1} (set levels for more)")
-        if (tokens := len(self._ids(question)) - 1) > self.length:
+        if tokens > self.length:
             raise UserError(f"{where}: takes {tokens} tokens of {self.length}; set length={tokens} or more")
         return question
 

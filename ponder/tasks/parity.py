@@ -14,17 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
 from ponder.errors import UserError
-from ponder.tasks.task import BLOCK, FRACTIONS, SPLITS, Rows, Shape, Task, owners, whole_rows
+from ponder.tasks.task import BLOCK, FRACTIONS, SPLITS, Rows, Shape, Task, check_row_counts, owners, whole_rows
 
 # Ids of the sequence layout. The two answers come first, so that they are classes too.
 SYMBOLS = "01-+?"
 QUERY = SYMBOLS.index("?")
 VALUES = {"-": -1, "0": 0, "+": 1}
+
+Layout = Literal["vector", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Parity(Task):
     max_train_nonzero: int | None = None
     """Train, validation, calibration and test draw k from 1..max_train_nonzero, extrapolation from the rest up to n.
     None: every split draws from 1..n (interpolation alone). The paper's extrapolation has n = 96 and 48 here."""
-    layout: Literal["vector", "sequence"] = "vector"
+    layout: Layout = "vector"
     """vector: the whole vector at once, one lane per example. sequence: a token per entry and a query token at the end,
     which has the target."""
     train_rows: int = 500_000
@@ -50,6 +52,9 @@ class Parity(Task):
             raise UserError(f"parity n={self.n}: must be at least 4, shorter vectors are too few to split")
         if self.max_train_nonzero is not None and not 1 <= self.max_train_nonzero < self.n:
             raise UserError(f"parity max_train_nonzero={self.max_train_nonzero}: must be in 1..{self.n - 1}, or None")
+        if self.layout not in get_args(Layout):
+            raise UserError(f"parity layout={self.layout!r}: must be vector or sequence")
+        check_row_counts(self)
 
     @property
     def shape(self) -> Shape:

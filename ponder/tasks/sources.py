@@ -75,17 +75,16 @@ def data_folder() -> Path | None:
     return Path(named).expanduser() if named else None
 
 
-def find(*names: str, data_dir: str | Path | None = None) -> Path:
+def find(*names: str) -> Path:
     """Path of the first of `names` that is there, plain or gzipped, its text checked.
 
     Args:
       names: relative to the data folder, without ".gz"; other names of the same data after the first.
-      data_dir: the data folder; PONDER_DATA by default.
 
     Raises:
       UserError: none is there (the line says where to get it and where to put it), or its text is not as published.
     """
-    folder = Path(data_dir) if data_dir is not None else data_folder()
+    folder = data_folder()
     if folder is not None:
         for name in names:
             for path in (folder / name, folder / f"{name}.gz"):

@@ -10,9 +10,11 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+
+from ponder.errors import UserError
 
 SPLITS = ("train", "validation", "calibration", "test", "extrapolation")
 FRACTIONS = {"train": 0.8, "validation": 0.05, "calibration": 0.05, "test": 0.1}
@@ -96,6 +98,13 @@ class Task:
     def decode(self, ids: list[int]) -> str:
         """Ids to text."""
         raise NotImplementedError
+
+
+def check_row_counts(task: Any) -> None:
+    """Raises UserError where a generated task is asked for no rows."""
+    for name in ("train_rows", "evaluation_rows"):
+        if getattr(task, name) < 1:
+            raise UserError(f"{type(task).__name__} {name}={getattr(task, name)}: must be at least 1")
 
 
 def whole_rows(inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray, difficulty: np.ndarray) -> Rows:
