@@ -73,11 +73,14 @@ def _flocked(path: epath.Path) -> Iterator[None]:
                 f"cannot lock {path}: {error.strerror}; use a workdir on a file system with flock"
             ) from error
         # The file stays when the lock goes: removing it would let two newcomers lock two different files of this name.
-        _write(handle, json.dumps(_holder()))
+        try:
+            _write(handle, json.dumps(_holder()))
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}): make room, then start again") from error
         try:
             yield
         finally:
-            _write(handle, "")
+            os.ftruncate(handle, 0)
     finally:
         os.close(handle)
 

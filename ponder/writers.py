@@ -5,12 +5,14 @@ One row is one JSON object on one line, flushed as it is written. Only process 0
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
@@ -101,10 +103,11 @@ class Metrics:
                 mirror.write(int(row["step"]), scalars)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        for mirror in self._mirrors:
-            mirror.close()
+        with contextlib.ExitStack() as stack:  # a mirror that fails does not keep the others open
+            for mirror in self._mirrors:
+                stack.callback(mirror.close)
+            if self._file is not None:
+                self._file.close()
 
     def __enter__(self) -> Metrics:
         return self
@@ -160,6 +163,9 @@ class _LocalFile:
             self._handle.write(line + "\n")
             self._handle.flush()
         except OSError as error:
+            # Closing flushes what is left once more, and would fail once more.
+            with contextlib.suppress(OSError):
+                self._handle.close()
             raise UserError(
                 f"{self._path} cannot be written ({error.strerror}): make room, then start again"
             ) from error
@@ -198,23 +204,46 @@ def _open_mirror(mirror: str, workdir: epath.PathLike, resume_step: int | None, 
 
 
 class _TensorBoard:
-    def __init__(self, workdir: epath.PathLike, resume_step: int | None) -> None:
-        from tensorboardX import SummaryWriter
+    """Writes events itself, not by tensorboardX's thread: that one dies of a full disk, and then waiting for it has no
+    end."""
 
+    def __init__(self, workdir: epath.PathLike, resume_step: int | None) -> None:
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        self._workdir, self._event, self._scalar = workdir, event_pb2.Event, summary.scalar
         try:
-            purge = None if resume_step is None else resume_step + 1
-            self._writer = SummaryWriter(str(workdir), purge_step=purge)
+            self._writer = event_file_writer.EventsWriter(str(epath.Path(workdir) / "events"))
         except ImportError as error:  # its own message for gs:// and s3:// workdirs
             raise UserError(
-                f"TensorBoard cannot write to {workdir}: {error}; or set logging.writers to none"
+                f"TensorBoard cannot write to {workdir}: {error}; or leave it out: --config.logging.writers="
             ) from error
+        except OSError as error:
+            raise self._failed(error) from error
+        # What an earlier session wrote of the steps to come is void, also where it was killed before its first save.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(event_pb2.Event(step=(resume_step or 0) + 1, session_log=start))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+            self._add(self._event(step=step, summary=self._scalar(name, value)))
+        self._guarded(self._writer.flush)
 
     def close(self) -> None:
-        self._writer.close()
+        self._guarded(self._writer.close)
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._guarded(functools.partial(self._writer.write_event, event))
+
+    def _guarded(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> UserError:
+        return UserError(f"TensorBoard cannot write to {self._workdir} ({error.strerror}): make room, then start again")
 
 
 class _Wandb:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -120,12 +119,21 @@ def test_bad_places_are_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    metrics = writers.Metrics(tmp_path)
-    metrics.close()
-    full = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
-    metrics._file._handle = io.TextIOWrapper(full, write_through=True)  # type: ignore[union-attr]
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"), writers.Metrics(tmp_path) as metrics:
+        metrics._file._handle.close()  # type: ignore[union-attr]
+        metrics._file._handle = open("/dev/full", "w")  # type: ignore[union-attr]  # noqa: SIM115
         metrics.write(rows_of_a_run()[0])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_does_not_hang_tensorboard(tmp_path: Path) -> None:
+    refused = pytest.raises(UserError, match=r"TensorBoard .*No space left")
+    with refused, writers.Metrics(tmp_path, ("tensorboard",)) as metrics:
+        records = metrics._mirrors[0]._writer._py_recordio_writer  # type: ignore[attr-defined]
+        records._writer.close()
+        records._writer = open("/dev/full", "wb")  # noqa: SIM115
+        for step in range(1, 100):
+            metrics.write(rows_of_a_run()[0] | {"step": step})
 
 
 def test_object_stores_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
