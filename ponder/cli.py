@@ -94,6 +94,9 @@ class Experiment:
                 raise UserError(f"{self.source}: get_config gives a {type(config).__name__}, not a Config")
         for name, words in self.overrides.items():
             config = _replaced(config, name, words)
+        if "training.steps" in self.overrides and "training.flops" not in self.overrides:
+            # A budget of the experiment would set the steps, and the user has.
+            config = dataclasses.replace(config, training=dataclasses.replace(config.training, flops=None))
         validate(config)
         return config
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -112,20 +113,26 @@ def validate(config: Config) -> None:
         (model.steps >= 1, f"model.steps is {model.steps}: a model thinks at least 1 step"),
         (training.steps >= 1, f"training.steps is {training.steps}: at least 1"),
         (training.batch_size >= 1, f"training.batch_size is {training.batch_size}: at least 1"),
-        (training.flops is None or training.flops > 0, f"training.flops is {training.flops}: above 0, or None"),
+        (
+            training.flops is None or 0 < training.flops < math.inf,
+            f"training.flops is {training.flops}: above 0 and finite, or None",
+        ),
         (optim.accumulate >= 1, f"optim.accumulate is {optim.accumulate}: at least 1"),
         (
             optim.accumulate < 1 or training.batch_size % optim.accumulate == 0,
             f"training.batch_size {training.batch_size} is not divisible by optim.accumulate {optim.accumulate}",
         ),
-        (optim.lr > 0, f"optim.lr is {optim.lr}: above 0"),
+        (0 < optim.lr < math.inf, f"optim.lr is {optim.lr}: above 0 and finite"),
         (optim.warmup_steps >= 0, f"optim.warmup_steps is {optim.warmup_steps}: at least 0"),
         (
             optim.decay_steps is None or optim.decay_steps >= 1,
             f"optim.decay_steps is {optim.decay_steps}: at least 1, or None for all steps",
         ),
         (0 <= optim.final_lr_fraction <= 1, f"optim.final_lr_fraction is {optim.final_lr_fraction}: from 0 to 1"),
-        (optim.weight_decay >= 0, f"optim.weight_decay is {optim.weight_decay}: at least 0"),
+        (
+            0 <= optim.weight_decay < math.inf,
+            f"optim.weight_decay is {optim.weight_decay}: at least 0 and finite",
+        ),
         (0 <= optim.b1 < 1, f"optim.b1 is {optim.b1}: at least 0 and below 1"),
         (0 <= optim.b2 < 1, f"optim.b2 is {optim.b2}: at least 0 and below 1"),
         (optim.eps > 0, f"optim.eps is {optim.eps}: above 0"),

@@ -57,22 +57,23 @@ def prepare(workdir: epath.PathLike) -> epath.Path:
     return path
 
 
-def begin(workdir: epath.PathLike, config: Config, argv: Sequence[str]) -> Config:
-    """The configuration to run in a workdir, recorded there: a new run, or one to go on with.
+def going_on(workdir: epath.PathLike, config: Config) -> Config:
+    """The configuration to run in a workdir: a new run's, or that of the run to go on with.
 
-    Raises UserError if the workdir holds another run or cannot be written.
+    It writes nothing: the workdir becomes the run's by `write_config`, once nothing is left that could refuse it.
+    Raises UserError if the workdir holds another run.
     """
-    path = prepare(workdir)
-    if (path / "config.json").exists():
-        check_same(path, config)
-        config = continued(read_config(path), config)
-    if jax.process_index() == 0:
-        write_config(path, config, argv)
-    return config
+    path = epath.Path(workdir)
+    if not (path / "config.json").exists():
+        return config
+    check_same(path, config)
+    return continued(read_config(path), config)
 
 
 def write_config(workdir: epath.PathLike, config: Config, argv: Sequence[str]) -> None:
-    """Write `config.json`, whole or not at all. Raises UserError if the workdir cannot be written."""
+    """Write `config.json`, whole or not at all; process 0 does. Raises UserError if the workdir cannot be written."""
+    if jax.process_index() != 0:
+        return
     path = prepare(workdir)
     record = {
         "format": FORMAT,

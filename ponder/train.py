@@ -83,10 +83,11 @@ def train(
     sharding.initialize_distributed()
     validate(config)
     folder = records.prepare(workdir if workdir is not None else tempfile.mkdtemp(prefix="ponder-"))
+    models.sizes.check(config.model, config.task.shape)
     config = compute.resolve(config)
     mesh = sharding.make_mesh(config.mesh)
     with lock.locked(folder), preemption.Preemption() as leaving, jax.set_mesh(mesh):
-        config = records.begin(folder, config, sys.argv)
+        config = records.going_on(folder, config)
         run = program.compile_program(config, mesh)
         batches = feed.training(config, cache_dir, *sharding.process_share(mesh))
         held_out = evaluation.HeldOut(run, cache_dir, *sharding.process_share(mesh))
@@ -101,6 +102,7 @@ def train(
                 raise UserError(
                     f"{folder} has trained {first} steps already: training.steps {config.training.steps} is less"
                 )
+            records.write_config(folder, config, sys.argv)
             reached = first
             meter = metrics.Meter(config, seconds, last_good=saves.settled)
             with runlog.RunLog(folder, run, first, callbacks) as log:

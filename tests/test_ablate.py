@@ -402,3 +402,5 @@ def test_the_real_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     assert [line["arm"] for line in table(tmp_path)["lines"]] == ["act", "fixed1"]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
+    assert [row["training_steps"] for row in rows] == [4, 4]  # not those of the experiment's budget

@@ -57,6 +57,9 @@ def mistake(tmp_path, monkeypatch, capsys):
         (["--config.optim.lr=fast"], "a number"),
         (["--config.model.steps=0"], "at least 1"),
         (["--config.model.heads=3"], "heads"),
+        (["--config.model.heads=0", "--config.training.flops=1e9"], "heads"),
+        (["--config.training.flops=inf"], "finite"),
+        (["--config.optim.lr=nan"], "finite"),
         (["--config.mesh.data=16"], "16 devices"),
         (["--config.mesh.data=8", "--config.training.batch-size=12"], "batch size 12"),
         (["--config.training.batch-size=100000"], "fewer than a batch"),
@@ -68,6 +71,19 @@ def mistake(tmp_path, monkeypatch, capsys):
 )
 def test_settings(mistake, words: list[str], says: str) -> None:
     assert says in mistake(*words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--config.model.heads=3"], ["--config.mesh.data=8", "--config.training.batch-size=12"]],
+)
+def test_a_mistake_leaves_the_workdir_free(mistake, tmp_path, monkeypatch, words: list[str]) -> None:
+    mistake(*words)
+    assert not (tmp_path / "w" / "config.json").exists()
+    monkeypatch.setattr("sys.argv", ["train", "--config=x.py", "--workdir=w"])
+    with pytest.raises(SystemExit) as exit:
+        cli.main(training.body, options=training.Options, doc="")
+    assert exit.value.code == 0
 
 
 def test_arm_and_keyword(mistake) -> None:

@@ -123,13 +123,20 @@ def test_the_record_says_where_the_run_came_from(config: Config, tmp_path: Path)
     assert [path.name for path in (tmp_path / "w").iterdir()] == ["config.json"]
 
 
+def begin(workdir: Path, config: Config) -> Config:
+    """As a training does."""
+    config = records.going_on(records.prepare(workdir), config)
+    records.write_config(workdir, config, [])
+    return config
+
+
 def test_bad_workdirs_are_one_line(config: Config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"is a file, or lies under one: name a folder$"):
-            records.begin(workdir, config, [])
+            begin(workdir, config)
     with pytest.raises(UserError, match=r"cannot be made"):
-        records.begin(tmp_path / ("x" * 300), config, [])
+        begin(tmp_path / ("x" * 300), config)
     with pytest.raises(UserError, match=r"cannot be written \(File name too long\)$"):
         records.write_whole(tmp_path / ("x" * 300), "")
     with pytest.raises(UserError, match=r"^no .*config.json: name a workdir"):
@@ -158,9 +165,9 @@ def test_difference_leaves_out_what_may_change(config: Config) -> None:
 
 
 def test_another_run_is_refused_with_the_difference(config: Config, tmp_path: Path) -> None:
-    assert records.begin(tmp_path, config, []) == config
+    assert begin(tmp_path, config) == config
     with pytest.raises(UserError, match=r"holds another run \(model.d_model: 64 -> 32; seed: 0 -> 1\)"):
-        records.begin(tmp_path, dataclasses.replace(changed(config, model={"d_model": 32}), seed=1), [])
+        begin(tmp_path, dataclasses.replace(changed(config, model={"d_model": 32}), seed=1))
     assert records.read_config(tmp_path) == config
 
 
@@ -176,10 +183,10 @@ def test_more_steps_do_not_bend_the_learning_rate(config: Config, tmp_path: Path
     first = changed(config, optim={"schedule": schedule, "warmup_steps": warmup}, training={"steps": 40})
     steps = np.arange(40)
     plain = rates(first, steps)
-    assert records.begin(tmp_path, first, []) == first
+    assert begin(tmp_path, first) == first
     for total in (80, 40, 120, 20):  # on, again as at first, further on, back
         longer = changed(first, training={"steps": total})
-        going = records.begin(tmp_path, longer, [])
+        going = begin(tmp_path, longer)
         assert cli.Experiment.load(str(tmp_path / "config.json")).config() == going  # can be named, and is valid
         assert going.training.steps == total
         np.testing.assert_array_equal(rates(going, steps), plain)
@@ -190,7 +197,7 @@ def test_more_steps_do_not_bend_the_learning_rate(config: Config, tmp_path: Path
         with pytest.raises(AssertionError):  # without the rule it would bend
             np.testing.assert_array_equal(rates(changed(first, training={"steps": 80}), steps), plain)
         with pytest.raises(UserError, match=r"optim.decay_steps: 40 -> 80"):
-            records.begin(tmp_path, changed(longer, optim={"decay_steps": 80}), [])
+            begin(tmp_path, changed(longer, optim={"decay_steps": 80}))
 
 
 # --- where a number came from -----------------------------------------------------------------------------------------
