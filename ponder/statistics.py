@@ -34,8 +34,9 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether a difference may be put into words. False where there is no interval."""
-        return self.low > 0 or self.high < 0
+        """Whether a difference may be put into words. False where there is no interval, or one without width: seeds
+        that agree to the last digit have hit a ceiling, and say nothing of how others would spread."""
+        return self.half_width > 1e-12 and (self.low > 0 or self.high < 0)
 
 
 def mean_interval(values: Iterable[float]) -> Interval:
@@ -129,5 +130,5 @@ def above_frontier(curve: Frontier, runs: Mapping[int, Point]) -> Interval | Non
 
 
 def matched(costs: Sequence[float], tolerance: float = 0.02) -> bool:
-    """Whether total training FLOPs agree: every one within `tolerance` of the first. False without costs."""
-    return bool(costs) and all(abs(cost - costs[0]) <= tolerance * costs[0] for cost in costs)
+    """Whether total training FLOPs agree: the largest within `tolerance` of the smallest. False without costs."""
+    return bool(costs) and max(costs) <= (1 + tolerance) * min(costs)

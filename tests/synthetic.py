@@ -30,7 +30,7 @@ def result(
             "name": arm,
             "seed": seed,
             "model": {"steps": math.ceil(steps)},
-            "rule": {"arm": arm},
+            "rule": {"type": "ponder.halting.fixed:Fixed" if "fixed" in arm else f"halting:{arm}"},
             "optim": {"lr": 1e-3},
             "training": {"batch_size": 128, "steps": 1000},
         },

@@ -200,13 +200,15 @@ def test_no_claim_in_words_when_the_interval_holds_zero() -> None:
 
 
 def test_fewer_bits_are_better() -> None:
-    entries = {arm: synthetic.results_of(arm, 3, bits=True) for arm in ("fixed2", "fixed4", "pondernet")}
-    assert "pondernet, exit quantile: better" in table.claims(lines_of(entries))[0]
-    entries["pondernet"] = [
-        synthetic.result("pondernet", seed, accuracy=2.5, flops=2.6e6, steps=2.8, bits=True) for seed in range(3)
-    ]
-    made = lines_of(entries)
-    assert "pondernet, exit quantile: worse" in table.claims(made)[0]
+    entries = {arm: synthetic.results_of(arm, 3, bits=True) for arm in ("fixed2", "fixed4")}
+    for bits, word in ((1.9, "better"), (2.5, "worse")):
+        values = [bits, bits + 0.001, bits - 0.002]
+        entries["pondernet"] = [
+            synthetic.result("pondernet", seed, accuracy=value, flops=2.6e6, steps=2.8, bits=True)
+            for seed, value in enumerate(values)
+        ]
+        made = lines_of(entries)
+        assert f"pondernet, exit quantile: {word}" in table.claims(made)[0]
     assert all(line.success is None for line in made.lines)
 
 

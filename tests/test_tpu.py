@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -192,3 +194,21 @@ def test_watch_leaves_a_waiting_request_alone(tmp_path: Path) -> None:
     watch.terminate()
     watch.communicate(timeout=30)
     assert steps(world) == []
+
+
+def test_watch_waits_between_calls_that_fail(tmp_path: Path) -> None:
+    """A quota that is used up, or a login that has run out: every call fails, and is not repeated at once."""
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text(f'#!/usr/bin/env bash\necho "$*" >> {tmp_path}/log\nexit 1\n')
+    gcloud.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "POLL_SECONDS": "60"}
+    watch = subprocess.Popen(
+        [str(TPU / "watch.sh"), *RUN], env=environment, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert watch.stdout is not None
+    while b"trying again" not in watch.stdout.readline():
+        assert watch.poll() is None
+    time.sleep(0.5)
+    os.killpg(watch.pid, signal.SIGKILL)  # its sleep, too
+    watch.communicate(timeout=30)
+    assert sum(" create " in line for line in log(tmp_path)) == 1

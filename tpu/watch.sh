@@ -3,7 +3,7 @@
 # it all again with the same command, which goes on from the last checkpoint.
 #   tpu/watch.sh [--dry-run] --config=experiments/x.py --workdir=gs://bucket/x [other options of ponder.train]
 # Runs where you are (a laptop that stays awake, a small VM); may itself be stopped and started again.
-# Exit code 0: the run has ended well; 1: it failed.
+# Exit code 0: the run has ended well; 1: it failed; 2: its command line or its data were refused.
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=tpu/settings.sh
 source "$here/settings.sh"
@@ -86,7 +86,6 @@ while true; do
         MISSING)
           say "creating"
           "$here/create.sh" || say "not created; trying again"
-          continue
           ;;
         FAILED | SUSPENDING | SUSPENDED)
           say "the request is $request: deleting it"
@@ -99,7 +98,6 @@ while true; do
     *) # PREEMPTED, TERMINATED, STOPPED, ...
       say "$vm: deleting it, to create it again"
       delete || true
-      continue
       ;;
   esac
   sleep "$POLL_SECONDS"

@@ -12,7 +12,7 @@ from ponder.errors import UserError
 from ponder.reporting.runs import Run, unit_of_cost
 from ponder.statistics import Interval, Point
 
-FIXED = "fixed"  # arms whose name starts so form the frontier
+FIXED = "ponder.halting.fixed:Fixed"  # arms of this rule form the frontier
 
 
 class Metric(NamedTuple):
@@ -89,6 +89,9 @@ class Table:
     keys: tuple[str, ...]
     """Of the runs it is made of, where they come from runs.jsonl."""
 
+    def is_fixed(self, arm: str) -> bool:
+        return any(line.is_fixed for line in self.lines if line.arm == arm)
+
 
 def make(
     runs: Sequence[Run],
@@ -105,7 +108,7 @@ def make(
     metric = BITS if any("bits_per_byte" in row for run in runs for row in run.evaluations) else ACCURACY
     split = _headline_split(runs)
     # Fixed depths have one exit; their rows make the frontier.
-    depths = [points(of_arm, metric, split, exits(of_arm)[0]) for arm, of_arm in by_arm.items() if is_fixed(arm)]
+    depths = [points(of_arm, metric, split, exits(of_arm)[0]) for of_arm in by_arm.values() if is_fixed(of_arm[0])]
     frontier = statistics.frontier(depths, metric.higher_is_better)
     reference = _mean(run.training_flops for run in by_arm[order[0]])
     lines = [
@@ -132,9 +135,9 @@ def make(
     )
 
 
-def is_fixed(arm: str) -> bool:
-    """Whether an arm thinks the same number of steps always. A run's own name may lead with the experiment's."""
-    return arm.startswith(FIXED) or f"-{FIXED}" in arm
+def is_fixed(run: Run) -> bool:
+    """Whether a run thinks the same number of steps always."""
+    return run.config["rule"]["type"] == FIXED
 
 
 def exits(runs: Sequence[Run]) -> list[str]:
@@ -152,6 +155,8 @@ def points(runs: Sequence[Run], metric: Metric, split: str, exit: str) -> dict[i
 def claims(table: Table) -> list[str]:
     """What the paired intervals allow to be said, one sentence an arm."""
     said = []
+    if not table.matched_training:
+        said.append("Training FLOPs of the arms differ by more than 2 %: no comparison below is matched in them.")
     for line in table.lines:
         if line.is_fixed:
             continue
@@ -184,7 +189,7 @@ def _line(
     beyond = _evaluations(runs, "extrapolation", exit)
     values = [row[metric.field] for row in rows.values()]
     versus, why = None, "fixed depth"
-    if not is_fixed(arm):
+    if not is_fixed(runs[0]):
         versus = statistics.above_frontier(frontier, points(runs, metric, split, exit))
         why = "" if versus else "outside" if frontier.knots.keys() & rows.keys() else "no fixed depth of these seeds"
 
@@ -210,7 +215,7 @@ def _line(
         seconds=_mean(run.train_seconds for run in runs),
         parameters=runs[0].parameters,
         training_steps=runs[0].training_steps,
-        is_fixed=is_fixed(arm),
+        is_fixed=is_fixed(runs[0]),
         is_default=exit == exits(runs)[0],
     )
 
