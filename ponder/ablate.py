@@ -4,7 +4,8 @@
 
 Each finished run appends one row to `<output>/runs.jsonl`, under a key made of its configuration and of the code; rows
 that are there are not run again, and a run that was cut short goes on from its own workdir. The tables (`table.md`,
-`table.csv`, `table.json`) are made from these rows alone. Exit code 1: some runs failed.
+`table.csv`, `table.json`) and the pictures (`flops.svg`, `steps.svg`) are made from these rows alone.
+Exit code 1: some runs failed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ponder.jobs import Failure, Job, JobFailed, available_cores
 from ponder.jobs import run as run_jobs
 
 with epy.lazy_imports():  # `--help` needs none of these
-    from ponder.reporting import render
+    from ponder.reporting import plots, render
     from ponder.reporting import runs as finished
     from ponder.reporting import table as tables
 
@@ -261,7 +262,7 @@ def summary(rows: Sequence[Row]) -> str:
 def make_tables(
     experiment: cli.Experiment, options: Options, members: Sequence[Member], chosen: dict[Member, Row]
 ) -> None:
-    """Write table.md, table.csv and table.json, and print the table. Raises UserError without rows."""
+    """Write table.md, .csv and .json, flops.svg and steps.svg, and print the table. Raises UserError without rows."""
     if not chosen:
         raise UserError(f"{options.output} has no row of these runs: run ablate without --table_only first")
     notes = [f"command: `{command_line(experiment, options)}`"]
@@ -282,6 +283,8 @@ def make_tables(
         ("table.md", render.markdown(made)),
         ("table.csv", render.comma_separated(made)),
         ("table.json", render.as_json(made)),
+        ("flops.svg", plots.standalone(plots.against_flops(made, "flops"))),
+        ("steps.svg", plots.standalone(plots.by_difficulty(made, "steps", "steps"))),
     ):
         records.write_whole(output / name, text)
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import synthetic
@@ -177,6 +178,10 @@ def test_the_three_files_agree(
     assert "python -m ponder.ablate --config=experiment.py --output=out --seeds=2 --arms=act,pondernet --jobs=1" in text
     assert "## test: accuracy (and steps) by" in text and "## extrapolation:" in text
     assert str(tmp_path) not in text  # can be committed
+    for name in ("flops.svg", "steps.svg"):
+        drawing = ElementTree.parse(tmp_path / "out" / name).getroot()
+        style = next(drawing.iter("{http://www.w3.org/2000/svg}style"))
+        assert "--hue0: #" in (style.text or "")  # it brings the colours that it names
     assert "pondernet" in capsys.readouterr().out
 
 

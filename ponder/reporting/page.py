@@ -12,14 +12,9 @@ from ponder.reporting.table import Table, claims, is_fixed
 
 HEAT_ROWS = 4  # rows of text shown for each arm
 
-_CSS = """
-:root { color-scheme: light dark; --page: #fdfdfc; --ink: #1b1b1a; --muted: #62625e; --rule: #dedcd5; --soft: #f3f2ee;
-  --heat: #e07b00; --wrong: #c02617;
-  --hue0: #0a67b5; --hue1: #c34a00; --hue2: #08805c; --hue3: #a8467f; --hue4: #6a4fb0; --hue5: #7a6200; }
-@media screen and (prefers-color-scheme: dark) { :root {
-  --page: #161718; --ink: #e8e6e1; --muted: #a3a19b; --rule: #37383a; --soft: #202224;
-  --heat: #ff9d2e; --wrong: #ff8a7a;
-  --hue0: #62b0f0; --hue1: #ff9752; --hue2: #4fd0a0; --hue3: #ee93c6; --hue4: #b6a2f5; --hue5: #dcc250; } }
+_CSS = (
+    f"\n{plots.PALETTE}"
+    + """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 68rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
@@ -52,6 +47,7 @@ figure svg { width: 100%; height: auto; max-width: 40rem; display: block; overfl
   .plots { grid-template-columns: 1fr 1fr; } .scroll { overflow: visible; }
   table { font-size: 7pt; } th, td { padding: .15rem .3rem; } h2, h3 { break-after: avoid; } }
 """
+)
 
 
 def page(title: str, sections: Sequence[tuple[Table, Sequence[Run]]]) -> str:

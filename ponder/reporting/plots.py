@@ -25,6 +25,15 @@ HUES = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006")
 _VARIABLES = {INK: "currentColor", MUTED: "var(--muted)", RULE: "var(--rule)"} | {
     hue: f"var(--hue{i})" for i, hue in enumerate(HUES)
 }
+PALETTE = """:root { color-scheme: light dark;
+  --page: #fdfdfc; --ink: #1b1b1a; --muted: #62625e; --rule: #dedcd5; --soft: #f3f2ee;
+  --heat: #e07b00; --wrong: #c02617;
+  --hue0: #0a67b5; --hue1: #c34a00; --hue2: #08805c; --hue3: #a8467f; --hue4: #6a4fb0; --hue5: #7a6200; }
+@media screen and (prefers-color-scheme: dark) { :root {
+  --page: #161718; --ink: #e8e6e1; --muted: #a3a19b; --rule: #37383a; --soft: #202224;
+  --heat: #ff9d2e; --wrong: #ff8a7a;
+  --hue0: #62b0f0; --hue1: #ff9752; --hue2: #4fd0a0; --hue3: #ee93c6; --hue4: #b6a2f5; --hue5: #dcc250; } }"""
+"""Values of the variables, light and dark."""
 MARKERS = ("o", "s", "D", "^", "v", "P")
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -87,6 +96,12 @@ def against_flops(table: Table, name: str) -> str:
         _legend(axes)
 
     return _svg(name, draw)
+
+
+def standalone(svg: str) -> str:
+    """A drawing as a file of its own, with the page's colours and font."""
+    root = "svg { background: var(--page); color: var(--ink); font-family: system-ui, sans-serif; }"
+    return re.sub(r"(<svg[^>]*>)", rf"\1<style>{PALETTE}\n{root}</style>", svg, count=1)
 
 
 def by_difficulty(table: Table, name: str, field: str) -> str:
