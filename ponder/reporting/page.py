@@ -8,7 +8,7 @@ from html import escape
 
 from ponder.reporting import plots, render
 from ponder.reporting.runs import Row, Run
-from ponder.reporting.table import Table, claims, is_fixed
+from ponder.reporting.table import Table, claims
 
 HEAT_ROWS = 4  # rows of text shown for each arm
 
@@ -85,7 +85,7 @@ def _section(name: str, table: Table, runs: Sequence[Run]) -> str:
     )
     if len({part.difficulty for part in table.difficulties}) > 1:
         beyond = " Dotted: extrapolation." if any(p.split != table.split for p in table.difficulties) else ""
-        if any(not is_fixed(part.arm) for part in table.difficulties):
+        if any(not table.is_fixed(part.arm) for part in table.difficulties):
             caption = f"Steps executed against {table.difficulty_name}, with 95 % bands.{beyond}"
             parts.append(_figure(plots.by_difficulty(table, f"{name}s", "steps"), caption))
         caption = f"{table.metric.name.capitalize()} against {table.difficulty_name}.{beyond}"
@@ -158,7 +158,7 @@ def _heat(runs: Sequence[Run]) -> str:
     shown: dict[str, Run] = {}
     for run in runs:
         is_text = any(_is_text(trace) for trace in run.traces)
-        if is_text and not is_fixed(run.arm):
+        if is_text and not run.is_fixed:
             shown.setdefault(run.arm, run)
     if not shown:
         return ""

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ponder.reporting.runs import Run
-from ponder.reporting.table import Table, is_fixed
+from ponder.reporting.table import Table
 from ponder.statistics import Interval
 from ponder.writers import quantity
 
@@ -64,8 +64,9 @@ def against_flops(table: Table, name: str) -> str:
                 label="fixed depth",
             )
             for line, cost in zip(fixed, costs, strict=True):
-                depth = re.sub(r".*fixed", "", line.arm)
-                axes.annotate(depth, (cost, line.metric.mean), (5, -11), textcoords="offset points", color=MUTED)
+                axes.annotate(
+                    f"{line.steps.mean:g}", (cost, line.metric.mean), (5, -11), textcoords="offset points", color=MUTED
+                )
         halting = [line for line in table.lines if not line.is_fixed]
         for i, line in enumerate(halting):
             axes.errorbar(
@@ -94,7 +95,7 @@ def by_difficulty(table: Table, name: str, field: str) -> str:
 
     def draw(axes: Axes) -> None:
         for arm in _arms(table):
-            if field == "steps" and is_fixed(arm):
+            if field == "steps" and table.is_fixed(arm):
                 continue
             found = [part for part in table.difficulties if part.arm == arm]
             for split in dict.fromkeys(part.split for part in found):
@@ -109,13 +110,13 @@ def by_difficulty(table: Table, name: str, field: str) -> str:
                     color=color,
                     marker="o",
                     markersize=4,
-                    linewidth=1.0 if is_fixed(arm) else 1.6,
+                    linewidth=1.0 if table.is_fixed(arm) else 1.6,
                     linestyle=_dash(table, arm) if inside else ":",
                     markerfacecolor=color if inside else "none",
                     label=arm if inside else None,
                 )
                 low, high = np.array([[value.low, value.high] for value in values]).T
-                if not is_fixed(arm) and not np.isnan(low).any():
+                if not table.is_fixed(arm) and not np.isnan(low).any():
                     axes.fill_between(labels, low, high, color=color, alpha=0.15, linewidth=0)
         axes.set_xlabel(table.difficulty_name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -147,7 +148,7 @@ def learning_curves(table: Table, runs: Sequence[Run], name: str) -> str:
                     [float(np.mean(found)) for found in whole.values()],
                     color=_hue(table, arm),
                     linestyle=_dash(table, arm),
-                    linewidth=1.0 if is_fixed(arm) else 1.8,
+                    linewidth=1.0 if table.is_fixed(arm) else 1.8,
                     label=arm,
                 )
         axes.xaxis.set_major_formatter(lambda value, _: quantity(value).strip())
@@ -181,16 +182,16 @@ def _arms(table: Table) -> list[str]:
 
 def _hue(table: Table, arm: str) -> str:
     """Fixed depths are the background; each arm that halts has a hue."""
-    if is_fixed(arm):
+    if table.is_fixed(arm):
         return MUTED
-    return HUES[[arm for arm in _arms(table) if not is_fixed(arm)].index(arm) % len(HUES)]
+    return HUES[[arm for arm in _arms(table) if not table.is_fixed(arm)].index(arm) % len(HUES)]
 
 
 def _dash(table: Table, arm: str) -> str | tuple[int, tuple[int, ...]]:
     """Fixed depths share a colour, and are told apart by their dashes."""
-    if not is_fixed(arm):
+    if not table.is_fixed(arm):
         return "-"
-    place = [arm for arm in _arms(table) if is_fixed(arm)].index(arm)
+    place = [arm for arm in _arms(table) if table.is_fixed(arm)].index(arm)
     return ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))[place % 6]
 
 
