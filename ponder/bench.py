@@ -293,8 +293,13 @@ def body(options: Options) -> int:
     rows = bench_train(options, ROWS)
     show(rows)
     if options.output:
-        about = {"hardware": records.hardware(), "versions": records.versions(), "commit": records.commit()}
-        about |= {"allocator": os.environ.get("GLIBC_TUNABLES", "default"), "rows": rows}
+        about = {
+            "hardware": records.hardware(),
+            "versions": records.versions(),
+            "commit": records.commit(),
+            "allocator": os.environ.get("GLIBC_TUNABLES", "default"),
+            "rows": rows,
+        }
         Path(options.output).write_text(json.dumps(about, indent=1))
     return 0
 
