@@ -11,6 +11,9 @@ export PONDER_DATA ?= $(abspath ../shared/data)
 endif
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
+# Runs at a time: two where there are two cores. nproc knows the cores that we are bound to; not every system has it.
+JOBS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores < 2 ? cores : 2)))
+
 .PHONY: help train table test test-all lint format clean
 
 help:  ## this list
@@ -19,9 +22,8 @@ help:  ## this list
 train: $(STAMP)  ## train one model on addition; run it again to go on
 	$(RUN) ponder.train --config=experiments/addition.py --workdir=runs/addition
 
-table: $(STAMP)  ## fixed depth, ACT and PonderNet on addition, as a table
-	$(RUN) ponder.ablate --config=experiments/addition.py --output=runs/table \
-	  --arms=fixed4,act,pondernet --seeds=1 --jobs=2
+table: $(STAMP)  ## fixed depths, ACT and PonderNet on addition, as a table
+	$(RUN) ponder.ablate --config=experiments/addition.py --output=runs/table --seeds=1 --jobs=$(JOBS)
 
 test: $(STAMP)  ## the tests, save the slow ones
 	$(RUN) pytest -n 2 -m "not slow"

@@ -16,10 +16,11 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from etils import epy
 from rich.console import Console
@@ -27,7 +28,7 @@ from rich.console import Console
 from ponder import cli, records, serialization, writers
 from ponder.config import Config
 from ponder.errors import UserError
-from ponder.jobs import Failure, Job, JobFailed, available_cores
+from ponder.jobs import Failure, Job, JobFailed, available_cores, cores_of_a_job
 from ponder.jobs import run as run_jobs
 
 with epy.lazy_imports():  # `--help` needs none of these
@@ -97,7 +98,7 @@ def body(experiment: cli.Experiment, options: Options) -> int:
             print(shlex.join(job.command))
         print(f"{len(members)} runs: {len(chosen)} done, {len(members) - len(chosen)} to do")
         return 0
-    records.prepare(output)
+    check_output(output)
     failed = run(jobs, options, output) if jobs else []
     chosen = choose(members, read_output(output), options.accept_old_code)
     if chosen:
@@ -216,14 +217,16 @@ def rows_of(job: Training, seconds: float, at_once: int, output: Path) -> list[R
         result = results[member.seed]
         # A run that was cut short has trained longer than its last session took.
         wall = max(seconds, result["train_seconds"])
-        cores = 1 if at_once > 1 else finished.processors(result["hardware"])
+        is_cpu = finished.unit_of_cost(result["hardware"]) == "core-hours"
+        processors = cores_of_a_job(at_once) if is_cpu else finished.processors(result["hardware"])
         row = {
             "key": member.key,
             "settings": records.settings_key(member.config),
             "code": records.code_of(member.config),
             **result,
             "arm": member.arm,
-            "cost_seconds": wall * cores / len(job.members),
+            "processors": processors,
+            "cost_seconds": wall * processors / len(job.members),
             "difficulty_name": member.config.task.difficulty_name,
             "curve": finished.curve_of(metrics, result),
         }
@@ -236,17 +239,37 @@ def rows_of(job: Training, seconds: float, at_once: int, output: Path) -> list[R
     return rows
 
 
+def check_output(output: Path) -> None:
+    """Raises UserError where a row could not be kept, before a run is trained for it."""
+    records.prepare(output)
+    with _appending(output / finished.RUNS):
+        pass
+
+
 def append_row(path: Path, row: Row) -> None:
     """Append one row durably; a torn last line, left by a kill, goes first. Raises UserError."""
+    if _is_torn(path):
+        records.write_whole(path, "".join(json.dumps(old) + "\n" for old in writers.read_rows(path)))
+    with _appending(path) as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether the last line has no end. Looks at the last byte alone."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
+@contextmanager
+def _appending(path: Path) -> Iterator[IO[str]]:
     try:
-        if path.exists():
-            kept = "".join(json.dumps(old) + "\n" for old in writers.read_rows(path))
-            if not path.read_bytes().endswith(b"\n"):
-                records.write_whole(path, kept)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            yield file
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): name an output you may write to") from error
 

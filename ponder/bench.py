@@ -5,26 +5,30 @@
 train: tokens per second, compile time, memory and achieved FLOP/s of a whole training step (forward, backward, AdamW)
 of one decoder: width 256, 6 layers, 4 heads, SwiGLU 704, 512 tokens, sequence 128, batch 32, fp32. The row `unrolled`
 is the headline. `scanned` is the same model with a scan over its layers; `looped` is one tied layer used six times,
-written out, and `looped scanned` the same in a scan. All rows, and the peer, take turns in one run.
+written out, and `looped scanned` the same in a scan. All rows, and the peer, take turns in one run; the peak of memory
+is that of a process which compiles and runs this row alone.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import shlex
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import rich.console
 import rich.table
 import tyro
-from etils import epath, epy
+from etils import epy
 
 from ponder import cli, compute, records
 from ponder.config import Config, Training
@@ -138,6 +142,25 @@ def training_step(config: Config) -> tuple[Callable[[], Any], Row]:
     return run, cost
 
 
+def own_peak(config: Config) -> int:
+    """Peak memory of a row, bytes: of a process of its own, since a process keeps the peak of all that it has run."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_peak, config).result()
+
+
+def _peak(config: Config) -> int:
+    without_cache()
+    run, _ = training_step(config)
+    for _ in range(2):
+        jax.block_until_ready(run())
+    return profiling.peak_memory()
+
+
+def without_cache() -> None:
+    """A cached program would make the cost of compilation a matter of luck."""
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 def work(config: Config) -> Row:
     """What a training step gets done."""
     tokens = compute.lanes(config.task.shape, config.training.batch_size)
@@ -186,13 +209,14 @@ def bench_train(options: Options, configs: dict[str, Config]) -> list[Row]:
     """One row a configuration and the peer's, in the order of the table. Raises UserError where the peer fails."""
     if options.repeats < 1 or options.calls < 1:
         raise UserError("--repeats and --calls must be at least 1")
+    # Before this process holds a device, which it may not share.
+    peaks = {name: own_peak(config) for name, config in configs.items()}
     costs: dict[str, Row] = {}
     turns: dict[str, Callable[[], profiling.Seconds]] = {}
     for name, config in configs.items():
         run, costs[name] = training_step(config)
         jax.block_until_ready(run())
-        costs[name]["peak_bytes"] = profiling.peak_memory()
-        costs[name] |= work(config)
+        costs[name] |= {"peak_bytes": peaks[name]} | work(config)
         turns[name] = functools.partial(profiling.timed, run, options.calls)
     peer = Peer(options.peer) if options.peer else None
     if peer:
@@ -221,6 +245,14 @@ def bench_train(options: Options, configs: dict[str, Config]) -> list[Row]:
             }
         )
     return rows
+
+
+def check_output(path: Path) -> None:
+    """Raises UserError where the rows could not be written, before they are measured."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"--output={path} cannot be written ({error.strerror})") from error
 
 
 def show(rows: list[Row]) -> None:
@@ -255,16 +287,20 @@ def show(rows: list[Row]) -> None:
 
 
 def body(options: Options) -> int:
-    # A cached program would make compile seconds a matter of luck.
-    jax.config.update("jax_enable_compilation_cache", False)
+    if options.output:
+        check_output(Path(options.output))
+    without_cache()
     rows = bench_train(options, ROWS)
     show(rows)
     if options.output:
-        about = {"hardware": records.hardware(), "versions": records.versions(), "commit": records.commit()}
-        path = epath.Path(options.output)
-        path.write_text(
-            json.dumps(about | {"allocator": os.environ.get("GLIBC_TUNABLES", "default"), "rows": rows}, indent=1)
-        )
+        about = {
+            "hardware": records.hardware(),
+            "versions": records.versions(),
+            "commit": records.commit(),
+            "allocator": os.environ.get("GLIBC_TUNABLES", "default"),
+            "rows": rows,
+        }
+        Path(options.output).write_text(json.dumps(about, indent=1))
     return 0
 
 

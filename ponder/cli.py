@@ -3,6 +3,7 @@
     --config=experiments/addition.py:arm=act,seed=3,smoke   an experiment file and keywords of its get_config
     --config=W/config.json                                  the configuration of a workdir
     --config.optim.lr=1e-3                                  any field of it, typed
+    --config.training.steps=500                             so many steps, in place of training.flops
 
 A main states its other options as a frozen dataclass and hands its body over:
 
@@ -95,7 +96,7 @@ class Experiment:
         for name, words in self.overrides.items():
             config = _replaced(config, name, words)
         if "training.steps" in self.overrides and "training.flops" not in self.overrides:
-            # A budget of the experiment would set the steps, and the user has.
+            # The steps that FLOPs make would take the place of those asked for.
             config = dataclasses.replace(config, training=dataclasses.replace(config.training, flops=None))
         validate(config)
         return config

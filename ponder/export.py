@@ -1,5 +1,7 @@
 """Parameters and configuration as one file, for other programs and for passing on.
 
+    ponder.export("runs/addition", "addition.npz")
+
 A NumPy `.npz`: one array a leaf by its name ("core/0/up"), and `ponder.json` (UTF-8 bytes) with the format version, the
 run's configuration as `config.json` has it, and the dtypes. It needs nothing but NumPy to be read, and the zip's own
 CRC-32 tells damage. Dtypes that NumPy lacks (bfloat16) are stored as their bits.
@@ -7,21 +9,44 @@ CRC-32 tells damage. Dtypes that NumPy lacks (bfloat16) are stored as their bits
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
+import sys
+import types
 import zipfile
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import nnx
 
+from ponder import records, serialization, train
 from ponder.errors import UserError
 
 FORMAT = 1
 HEADER = "ponder.json"
+
+
+def export(workdir: epath.PathLike, path: epath.PathLike, which: Literal["best", "last"] = "last") -> None:
+    """Write the trained parameters of a workdir, and its configuration, to one file.
+
+    Args:
+      workdir: folder of the run. Of several seeds that trained together the first is taken.
+      path: the file, `.npz`.
+      which: as in `ponder.load`.
+
+    Raises:
+      UserError: no trained run there, or a file that cannot be written.
+    """
+    if epath.Path(path).suffix != ".npz":
+        raise UserError(f"{path} is of another kind: name a file that ends in .npz")
+    config = dataclasses.replace(records.read_config(workdir), seeds=1)
+    params = nnx.to_pure_dict(nnx.state(train.load(workdir, which), nnx.Param))
+    export_params(path, params, serialization.to_json(config))
 
 
 def export_params(path: epath.PathLike, params: Any, config: dict[str, Any]) -> None:
@@ -87,3 +112,13 @@ def _on_host(leaf: jax.Array) -> np.ndarray:
 
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
     return np.asarray(leaf)
+
+
+class _Callable(types.ModuleType):
+    """`ponder.export` is this module; calling it exports."""
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> None:
+        export(*arguments, **keywords)
+
+
+sys.modules[__name__].__class__ = _Callable

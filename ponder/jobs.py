@@ -67,6 +67,11 @@ def available_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+def cores_of_a_job(at_once: int) -> int:
+    """How many cores each of the jobs has, `at_once` of them side by side."""
+    return 1 if at_once > 1 else len(available_cores())
+
+
 def run(
     jobs: Sequence[Job], at_once: int, *, before: Callable[[Job], bool], after: Callable[[Job, float], str]
 ) -> list[Failure]:

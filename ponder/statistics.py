@@ -18,6 +18,7 @@ with epy.lazy_imports():  # over a second: `--help` does without
     from scipy import stats
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-12  # of sums of numbers around 1
 
 
 class Interval(NamedTuple):
@@ -34,9 +35,11 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether a difference may be put into words. False where there is no interval, or one without width: seeds
-        that agree to the last digit have hit a ceiling, and say nothing of how others would spread."""
-        return self.half_width > 1e-12 and (self.low > 0 or self.high < 0)
+        """Whether a difference may be put into words. False where there is no interval, or one without width.
+
+        Seeds that agree to the last bits (all at 100 %, say) tell nothing of how far others may lie.
+        """
+        return (self.low > 0 or self.high < 0) and self.half_width > ROUNDING * max(1.0, abs(self.mean))
 
 
 def mean_interval(values: Iterable[float]) -> Interval:
@@ -130,5 +133,5 @@ def above_frontier(curve: Frontier, runs: Mapping[int, Point]) -> Interval | Non
 
 
 def matched(costs: Sequence[float], tolerance: float = 0.02) -> bool:
-    """Whether total training FLOPs agree: the largest within `tolerance` of the smallest. False without costs."""
+    """Whether total training FLOPs agree: the largest within `tolerance` of the least. False without costs."""
     return bool(costs) and max(costs) <= (1 + tolerance) * min(costs)

@@ -21,6 +21,7 @@ from xml.etree import ElementTree
 
 import pytest
 import synthetic
+import tiny
 
 from ponder import ablate, cli, jobs, records
 from ponder.errors import UserError
@@ -70,6 +71,8 @@ if os.environ.get("WAIT") == arm + str(first):
     time.sleep(60)
 accuracy, flops, steps = synthetic.ARMS[arm]
 results = [synthetic.result(arm, first + i, accuracy=accuracy, flops=flops, steps=steps) for i in range(count)]
+for entry in results:
+    entry["config"]["seeds"] = count
 for name in ("results.json", "metrics.jsonl", "traces.jsonl"):
     (folder / name).unlink(missing_ok=True)
 made = synthetic.workdir(pathlib.Path(tempfile.mkdtemp(dir=folder)) / "made", results, traces=True)
@@ -160,7 +163,7 @@ def test_the_table_against_hand_arithmetic(ablation: Callable[..., int], tmp_pat
     assert next(iter(found)) == ("fixed2", "last")  # in the experiment's order
     assert table(tmp_path)["split"] == "test" and table(tmp_path)["matched_training_flops"] is True
     assert any("pondernet, exit quantile: better" in claim for claim in table(tmp_path)["claims"])
-    assert table(tmp_path)["cost"] == f"{15 * 180 * 2 / 3600:.2f} core-hours"
+    assert table(tmp_path)["cost"] == f"{15 * 180 * len(jobs.available_cores()) / 3600:.2f} core-hours"
 
 
 def test_the_three_files_agree(
@@ -210,7 +213,27 @@ def test_jobs_have_a_core_and_a_thread_each(ablation: Callable[..., int], tmp_pa
     assert {tuple(used) for _, used, _ in seen} == {(cores[0],), (cores[1],)}
     assert all("intra_op_parallelism_threads=1" in flags for _, _, flags in seen)
     # A job with a core to itself costs its own seconds, not those of the machine.
-    assert all(row["cost_seconds"] == 180.0 for row in kept(tmp_path))
+    assert all(row["cost_seconds"] == 180.0 and row["processors"] == 1 for row in kept(tmp_path))
+    assert table(tmp_path)["hardware"] == ["Example CPU, 2 cores (1 a run)"]
+
+
+def test_one_job_costs_the_cores_that_it_may_use(
+    ablation: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bound to one core of two, as `taskset` does."""
+    monkeypatch.setattr(jobs, "available_cores", lambda: [0])
+    assert ablation("--seeds=1", "--arms=act") == 0
+    (row,) = kept(tmp_path)
+    assert (row["processors"], row["cost_seconds"]) == (1, 180.0)
+
+
+def test_on_a_device_cost_is_counted_in_devices(tmp_path: Path) -> None:
+    job = ablate.Training("act", tmp_path, (), (ablate.Member("act", 0, tiny.CONFIG),))
+    entry = synthetic.results_of("act", 1)[0] | {"hardware": "NVIDIA H100 x 8"}
+    synthetic.workdir(tmp_path / "made", [entry])
+    job = dataclasses.replace(job, workdir=tmp_path / "made")
+    (row,) = ablate.rows_of(job, 0.0, 1, tmp_path)
+    assert (row["processors"], row["cost_seconds"]) == (8, 8 * 180.0)
 
 
 def test_one_job_has_the_machine(ablation: Callable[..., int], tmp_path: Path) -> None:
@@ -273,7 +296,9 @@ def test_seeds_train_together_where_asked(ablation: Callable[..., int], tmp_path
     rows = kept(tmp_path)
     assert sorted((row["arm"], row["seed"]) for row in rows) == [(a, s) for a in ("act", "fixed1") for s in range(3)]
     assert len({row["key"] for row in rows}) == 6
-    assert [row["cost_seconds"] for row in rows[-3:]] == [120.0] * 3  # one run's seconds, shared
+    share = 180.0 / 3  # of one run's seconds
+    assert [row["cost_seconds"] for row in rows[-3:]] == [share * len(jobs.available_cores())] * 3
+    assert lines(tmp_path)["fixed1", "last"]["seconds"] == share
     assert ablation("--seeds=3", "--arms=act,fixed1") == 0
     assert len(ran(tmp_path)) == 3
 
@@ -311,6 +336,21 @@ def test_an_output_that_cannot_be_written(ablation: Callable[..., int], tmp_path
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match="is a file"):
         ablation("--seeds=1")
+
+
+def test_rows_that_cannot_be_written_are_found_before_training(ablation: Callable[..., int], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "runs.jsonl").symlink_to(tmp_path / "nowhere" / "runs.jsonl")  # root may write anything else
+    with pytest.raises(UserError, match=r"runs.jsonl cannot be written .*name an output you may write to"):
+        ablation("--seeds=1")
+    assert ran(tmp_path) == []
+
+
+def test_a_row_is_appended_without_reading_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablate.writers, "read_rows", lambda path: pytest.fail("read"))
+    for i in range(3):
+        ablate.append_row(tmp_path / "runs.jsonl", {"row": i})
+    assert (tmp_path / "runs.jsonl").read_text() == '{"row": 0}\n{"row": 1}\n{"row": 2}\n'
 
 
 DRIVER = """
@@ -407,5 +447,4 @@ def test_the_real_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     assert [line["arm"] for line in table(tmp_path)["lines"]] == ["act", "fixed1"]
-    rows = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
-    assert [row["training_steps"] for row in rows] == [4, 4]  # not those of the experiment's budget
+    assert [row["training_steps"] for row in kept(tmp_path)] == [4, 4]

@@ -16,8 +16,8 @@ PACKAGE = ROOT / "ponder"
 FLOORS = (
     # what all others are written against: no jax code of ours, no data
     "config errors models.config models.sizes protocols tasks.task",
-    "checkpoint checksum compute data.batch export lock memory metrics preemption records serialization sharding"
-    " statistics writers",
+    "checkpoint checksum compute data.batch lock memory metrics preemption records serialization sharding statistics"
+    " writers",
     "data tasks",
     "halting models",
     "engine",
@@ -26,7 +26,7 @@ FLOORS = (
     "recipes",
     "runlog",
     "cli jobs reporting",
-    "ablate bench report train",
+    "ablate bench export report train",
 )
 LEVELS = {name: level for level, names in enumerate(FLOORS) for name in names.split()}
 APART = ("models", "halting")  # neither imports the other

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from flax import nnx
 
-from ponder import bench, compute, profiling
+from ponder import bench, compute, models, profiling
 from ponder.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +66,15 @@ def test_rows_of_the_table(tmp_path, monkeypatch, capsys):
     assert theirs["times_slower"] == pytest.approx(3e6 / ours["seconds"])
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("loose_dtypes")
+def test_the_peak_of_a_row_is_its_own():
+    """Not that of the rows before it, nor of anything else that this process has held."""
+    np.ones(2**26)  # 512 MiB
+    (row,) = bench.bench_train(bench.Options("train", repeats=1, calls=1), {"toy": TOY})
+    assert 2**26 < row["peak_bytes"] < profiling.peak_rss() - 2**28
+
+
 @pytest.mark.usefixtures("loose_dtypes")
 def test_the_step_learns():
     """What is timed is training: the loss falls on a batch that does not change."""
@@ -74,13 +86,19 @@ def test_the_step_learns():
 
 def test_headline_shape_is_the_peers():
     """Parameters as LlamaForCausalLM of the same shape has: 2 V D + L (4 D^2 + 3 D F + 2 D) + D."""
-    row, model = next(iter(bench.ROWS.values())), bench.MODEL
-    assert row.model is model and (row.training.batch_size, row.task.shape.length) == (32, 128)
-    twin = ast.unparse(ast.parse((ROOT / "benchmarks" / "hf_llama.py").read_text()))
-    for said in ("hidden_size=256", "intermediate_size=704", "num_hidden_layers=6", "num_attention_heads=4"):
-        assert said in twin
-    assert (model.d_model, model.mlp_size, model.core_layers, model.heads) == (256, 704, 6, 4)
-    assert "(32, 128, 512)" in twin
+    row, twin = next(iter(bench.ROWS.values())), ast.parse((ROOT / "benchmarks" / "hf_llama.py").read_text())
+    (call,) = (
+        node for node in ast.walk(twin) if isinstance(node, ast.Call) and ast.unparse(node.func) == "LlamaConfig"
+    )
+    shape = {word.arg: word.value.value for word in call.keywords if isinstance(word.value, ast.Constant)}
+    (sizes,) = (node for node in twin.body if isinstance(node, ast.Assign) and "VOCABULARY" in ast.unparse(node))
+    batch, length, vocabulary = ast.literal_eval(sizes.value)
+    width, mlp, layers = (shape[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    assert shape["num_key_value_heads"] == shape["num_attention_heads"] == row.model.heads
+    assert (row.training.batch_size, row.task.shape.length) == (batch, length)
+    model = nnx.eval_shape(lambda: models.build(row.model, row.task.shape, jax.random.key(0)))
+    ours = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert ours == 2 * vocabulary * width + layers * (4 * width**2 + 3 * width * mlp + 2 * width) + width
 
 
 def test_weight_gradients_take_the_fast_form():
@@ -116,6 +134,12 @@ def test_bad_options_are_one_line(changes, said):
     with pytest.raises(UserError, match=said) as error:
         bench.bench_train(replace(bench.Options("train", repeats=1, calls=1), **changes), {})
     assert "\n" not in str(error.value)
+
+
+def test_an_output_that_cannot_be_written_is_found_before_measuring(monkeypatch):
+    monkeypatch.setattr(bench, "bench_train", lambda options, configs: pytest.fail("measured"))
+    with pytest.raises(UserError, match=r"--output=nowhere/x.json cannot be written \(No such file or directory\)$"):
+        bench.body(bench.Options("train", output="nowhere/x.json"))
 
 
 def test_help_is_there_without_jax():

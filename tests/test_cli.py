@@ -204,6 +204,29 @@ def test_bad_experiment_is_one_line(experiment: str, named: str, says: str) -> N
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--config.training.steps=7"], (7, None)),
+        (["--config.training.steps=7", "--config.optim.lr=1"], (7, None)),
+        (["--config.training.flops=2e9"], (100, 2e9)),
+        (["--config.training.steps=7", "--config.training.flops=2e9"], (7, 2e9)),
+        (["--config.optim.lr=1"], (100, 1e9)),
+    ],
+)
+def test_steps_that_are_given_hold_where_the_experiment_sets_flops(
+    experiment: str, tmp_path: Path, words: list[str], expected: tuple[int, float | None]
+) -> None:
+    """`training.flops` sets the steps, so a count on the command line would be lost beside it; so in a workdir."""
+    path = Path(experiment)
+    path.write_text(path.read_text().replace("steps=10 if smoke else 100", "steps=100, flops=1e9"))
+    config = config_of(f"--config={experiment}", *words)
+    assert (config.training.steps, config.training.flops) == expected
+    records.write_config(tmp_path / "w", config_of(f"--config={experiment}"), [])
+    config = config_of(f"--config={tmp_path / 'w' / 'config.json'}", *words)
+    assert (config.training.steps, config.training.flops) == expected
+
+
 def test_missing_words_are_named(experiment: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^missing --workdir$"):
         cli.parse([f"--config={experiment}"], Options)

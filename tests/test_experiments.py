@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,8 @@ from ponder import cli, compute
 from ponder.errors import UserError
 from ponder.serialization import from_json, to_json
 
-EXPERIMENTS = sorted((Path(__file__).resolve().parents[1] / "experiments").glob("*.py"))
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 NEEDS_DATA = {"shakespeare", "babi"}
 
 
@@ -44,6 +48,22 @@ def test_the_docstring_has_the_commands(path: Path) -> None:
     text = path.read_text()
     for word in ("Run:", "Table:", "Quick:", f"experiments/{path.name}"):
         assert word in text
+
+
+@pytest.mark.parametrize("cores", [1, 2, 16])
+def test_make_table_compares_at_equal_inference_flops_on_any_machine(cores: int, tmp_path: Path) -> None:
+    """Fixed depths on both sides of the arms that halt, and no more runs at a time than there are cores."""
+    (tmp_path / "nproc").write_text(f"#!/bin/sh\necho {cores}\n")
+    (tmp_path / "nproc").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["make", "--dry-run", "table", "VENV=there", "STAMP="]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    words = shlex.split(done.stdout.replace("\\\n", " "))
+    assert f"--jobs={min(cores, 2)}" in words
+    experiment = cli.Experiment.load(str(ROOT / "experiments" / "addition.py"))
+    given = [word.removeprefix("--arms=").split(",") for word in words if word.startswith("--arms=")]
+    arms = set(given[0] if given else experiment.arms)
+    assert {"fixed1", "fixed2", "fixed4", "act", "pondernet"} <= arms
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

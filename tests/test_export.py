@@ -9,11 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from flax import nnx
+from tiny import as_users_run  # noqa: F401
 
-from ponder import sharding
+import ponder
+from ponder import records, sharding
 from ponder.config import Mesh
 from ponder.errors import UserError
 from ponder.export import HEADER, export_params, placed, read_params
+from ponder.serialization import from_json
 
 PARAMS = {
     "embedding": np.arange(32, dtype=np.float32).reshape(8, 4),
@@ -44,6 +49,22 @@ def test_numpy_alone_reads_it(file: Path) -> None:
     with np.load(file) as archive:
         np.testing.assert_array_equal(archive["embedding"], PARAMS["embedding"])
         assert json.loads(archive[HEADER].tobytes())["config"] == CONFIG
+
+
+def test_a_workdir_in_one_file(tmp_path: Path) -> None:
+    """`ponder.export`: the file makes the model that `ponder.load` makes, and says of which run it is."""
+    config = tiny.config(training__steps=2)
+    ponder.train(config, tmp_path / "w")
+    ponder.export(tmp_path / "w", tmp_path / "params.npz")
+    leaves, stored = read_params(tmp_path / "params.npz")
+    assert from_json(stored) == records.read_config(tmp_path / "w")
+    model = ponder.load(tmp_path / "w")
+    want = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    jax.tree.map(np.testing.assert_array_equal, placed(leaves, want), want)
+    with pytest.raises(UserError, match=r"no .*nowhere.config.json: name a workdir"):
+        ponder.export(tmp_path / "nowhere", tmp_path / "other.npz")
+    with pytest.raises(UserError, match=r"is of another kind: name a file that ends in \.npz"):
+        ponder.export(tmp_path / "w", tmp_path / "params.safetensors")
 
 
 def test_other_model(file: Path) -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "experiments" / "colab" / "quickstart.ipynb"
+
+
+def test_where_ponder_is_missing_one_line_says_what_to_set(monkeypatch) -> None:
+    install = next(cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code")
+    exec(install.source, {})  # nothing to do
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"^set REPOSITORY above to the address [^\n]*$"):
+        exec(install.source, {})
 
 
 def test_the_quickstart_runs_twice_in_one_kernel(tmp_path, monkeypatch) -> None:

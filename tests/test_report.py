@@ -16,7 +16,7 @@ import synthetic
 
 from ponder.errors import UserError
 from ponder.report import report
-from ponder.reporting import render, runs, table
+from ponder.reporting import plots, render, runs, table
 
 
 class Page(html.parser.HTMLParser):
@@ -220,6 +220,52 @@ def test_unequal_training_is_said() -> None:
     assert not made.matched_training
     assert "differ by more than 2 %" in render.markdown(made)
     assert [line.training_ratio for line in made.lines] == [1.0, 1.025]
+
+
+def test_a_claim_says_that_training_was_unequal() -> None:
+    entries = {arm: synthetic.results_of(arm, 3) for arm in ("fixed2", "fixed4", "pondernet")}
+    assert "unequal" not in table.claims(lines_of(entries))[0]
+    for entry in entries["pondernet"]:
+        entry["training_flops"] *= 2
+    first, second = table.claims(lines_of(entries))
+    assert first.startswith("pondernet, exit quantile: better than fixed depth at equal inference FLOPs but unequal ")
+    assert "but unequal training FLOPs" in first and "but unequal training FLOPs" in second
+
+
+def test_fixed_depths_go_by_their_rule_not_by_their_name() -> None:
+    names = {"fixed2": "shallow", "fixed4": "deep", "pondernet": "fixed-prior"}
+    renamed = {arm: [entry | {"arm": names[arm]} for entry in synthetic.results_of(arm, 3)] for arm in names}
+    made = lines_of(renamed)
+    assert {line.arm: line.is_fixed for line in made.lines} == {"shallow": True, "deep": True, "fixed-prior": False}
+    assert all(claim.startswith("fixed-prior, exit") and "than fixed depth" in claim for claim in table.claims(made))
+    drawing = plots.against_flops(made, "x")
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawing)
+    assert {"fixed depth", "fixed-prior, quantile", "2", "4"} <= set(texts)  # depths beside their points
+
+
+def test_a_comparison_on_fewer_seeds_says_so() -> None:
+    entries = {
+        arm: synthetic.results_of(arm, 3 if arm == "pondernet" else 2) for arm in ("fixed2", "fixed4", "pondernet")
+    }
+    lines = render.markdown(lines_of(entries)).splitlines()
+    assert "(n = 2)" in next(line for line in lines if line.startswith("| pondernet | quantile | 3 |"))
+    entries = {arm: rows[:2] for arm, rows in entries.items()}
+    assert not any("(n = " in line for line in render.markdown(lines_of(entries)).splitlines() if line[0:1] == "|")
+
+
+def test_seconds_are_of_one_seed_and_cost_of_the_cores_that_it_had() -> None:
+    entries = synthetic.results_of("act", 3)
+    for entry in entries:
+        entry["config"]["seeds"] = 3  # trained together: each entry holds the seconds of all
+    (line,) = lines_of({"act": entries}).lines
+    assert line.seconds == 60.0
+    made = lines_of({"act": entries})
+    assert made.cost == f"{3 * 60 * 2 / 3600:.2f} core-hours" and made.hardware == ("Example CPU, 2 cores",)
+    made = lines_of({"act": [entry | {"processors": 1} for entry in entries]})
+    assert made.cost == f"{3 * 60 / 3600:.2f} core-hours"
+    assert made.hardware == ("Example CPU, 2 cores (1 a run)",)
+    meaning = next(column.meaning for column in render.columns(made) if column.heading == "seconds")
+    assert "compilation" in meaning and "a seed" in meaning
 
 
 def test_by_difficulty_is_the_mean_over_seeds() -> None:

@@ -49,16 +49,18 @@ def test_no_seed_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("interval", "excludes"),
-    [
-        ((0.1, 0.01, 0.2), True),
-        ((-0.1, -0.2, -0.01), True),
-        ((0.1, -0.01, 0.2), False),
-        ((0.0, 0.0, 0.0), False),
-        ((0.01, 0.01, 0.01), False),
-    ],
+    [((0.1, 0.01, 0.2), True), ((-0.1, -0.2, -0.01), True), ((0.1, -0.01, 0.2), False), ((0.0, 0.0, 0.0), False)],
 )
 def test_a_claim_needs_an_interval_without_zero(interval: tuple[float, float, float], excludes: bool) -> None:
     assert Interval(*interval, n=5).excludes_zero is excludes
+
+
+@pytest.mark.parametrize("noise", [0.0, 5e-17, 1e-15])
+def test_equal_values_make_no_claim(noise: float) -> None:
+    """Seeds that agree to the last bits say nothing of how far others may lie."""
+    found = statistics.mean_interval([0.01, 0.01 + noise, 0.01 - noise])
+    assert found.mean == pytest.approx(0.01)
+    assert not found.excludes_zero
 
 
 def test_paired_difference_uses_the_pairs() -> None:
@@ -159,7 +161,15 @@ def test_a_difference_does_not_care_for_a_common_shift(values: list[float], shif
 
 
 @pytest.mark.parametrize(
-    ("costs", "agree"), [([1.0, 1.019, 1.001], True), ([1.0, 1.021], False), ([1.0, 1.019, 0.99], False), ([], False)]
+    ("costs", "agree"),
+    [
+        ([100.0, 102.0], True),
+        ([102.0, 101.0, 100.0], True),
+        ([1.0, 1.021], False),
+        ([1.0, 0.979], False),
+        ([100.0, 102.0, 98.0], False),  # each near the first, 4 % between the others
+        ([], False),
+    ],
 )
 def test_matched_within_two_per_cent(costs: list[float], agree: bool) -> None:
     assert statistics.matched(costs) is agree

@@ -3,7 +3,8 @@
 # it all again with the same command, which goes on from the last checkpoint.
 #   tpu/watch.sh [--dry-run] --config=experiments/x.py --workdir=gs://bucket/x [other options of ponder.train]
 # Runs where you are (a laptop that stays awake, a small VM); may itself be stopped and started again.
-# Exit code 0: the run has ended well; 1: it failed; 2: its command line or its data were refused.
+# Exit code 0: the run has ended well; 1: it stopped too often on a healthy TPU; 2: the command line, here or of the
+# run, or the run's data was refused.
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=tpu/settings.sh
 source "$here/settings.sh"
@@ -44,7 +45,8 @@ if [ "$DRY_RUN" = 1 ]; then
   exit 0
 fi
 
-# One look and at most one act a turn. What fails (a busy zone, a lost connection) is tried again the next turn.
+# One look and at most one act a turn, then a rest. What fails (a busy zone, a lost connection) is tried again the next
+# turn.
 failures=0
 while true; do
   vm=$(vm_state)

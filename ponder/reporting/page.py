@@ -8,7 +8,7 @@ from html import escape
 
 from ponder.reporting import plots, render
 from ponder.reporting.runs import Row, Run
-from ponder.reporting.table import Table, claims, is_fixed
+from ponder.reporting.table import Table, claims
 
 HEAT_ROWS = 4  # rows of text shown for each arm
 
@@ -154,7 +154,7 @@ def _heat(runs: Sequence[Run]) -> str:
     shown: dict[str, Run] = {}
     for run in runs:
         is_text = any(_is_text(trace) for trace in run.traces)
-        if is_text and not is_fixed(run):
+        if is_text and not run.is_fixed:
             shown.setdefault(run.arm, run)
     if not shown:
         return ""

@@ -73,8 +73,9 @@ def against_flops(table: Table, name: str) -> str:
                 label="fixed depth",
             )
             for line, cost in zip(fixed, costs, strict=True):
-                depth = re.sub(r".*fixed", "", line.arm)
-                axes.annotate(depth, (cost, line.metric.mean), (5, -11), textcoords="offset points", color=MUTED)
+                axes.annotate(
+                    f"{line.steps.mean:g}", (cost, line.metric.mean), (5, -11), textcoords="offset points", color=MUTED
+                )
         halting = [line for line in table.lines if not line.is_fixed]
         for i, line in enumerate(halting):
             axes.errorbar(

@@ -33,8 +33,11 @@ class Run:
     training_steps: int
     training_flops: float
     train_seconds: float
+    """Of this seed: seeds that trained together share the seconds of their run."""
+    processors: int
+    """Cores that it had, or devices."""
     cost_seconds: float
-    """Processor-seconds: wall-clock times cores, or times devices."""
+    """Processor-seconds: wall-clock times processors."""
     commit: str
     hardware: str
     difficulty_name: str
@@ -47,6 +50,17 @@ class Run:
     def task(self) -> str:
         """The task with its settings; runs are compared only within one."""
         return json.dumps(self.config["task"], sort_keys=True)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it thinks the same number of steps always."""
+        return str(self.config["rule"]["type"]).endswith(":Fixed")
+
+    @property
+    def machine(self) -> str:
+        """The hardware, and how much of it the run had where that is not all."""
+        part = f" ({self.processors} a run)" if self.processors != processors(self.hardware) else ""
+        return self.hardware + part
 
 
 def load(folders: Sequence[epath.PathLike]) -> list[Run]:
@@ -107,7 +121,8 @@ def from_workdir(folder: epath.PathLike) -> list[Run]:
 def from_row(row: Row, source: str) -> Run:
     """A run out of an entry of `results.json` or a row of `runs.jsonl`."""
     try:
-        seconds = float(row["train_seconds"])
+        seconds = float(row["train_seconds"]) / row["config"].get("seeds", 1)
+        used = int(row.get("processors", processors(row["hardware"])))
         return Run(
             arm=row.get("arm", row["config"]["name"]),
             seed=int(row["seed"]),
@@ -119,7 +134,8 @@ def from_row(row: Row, source: str) -> Run:
             training_steps=int(row["training_steps"]),
             training_flops=float(row["training_flops"]),
             train_seconds=seconds,
-            cost_seconds=float(row.get("cost_seconds", seconds * processors(row["hardware"]))),
+            processors=used,
+            cost_seconds=float(row.get("cost_seconds", seconds * used)),
             commit=row["commit"],
             hardware=row["hardware"],
             difficulty_name=row.get("difficulty_name", "difficulty"),

@@ -12,8 +12,6 @@ from ponder.errors import UserError
 from ponder.reporting.runs import Run, unit_of_cost
 from ponder.statistics import Interval, Point
 
-FIXED = "ponder.halting.fixed:Fixed"  # arms of this rule form the frontier
-
 
 class Metric(NamedTuple):
     """The headline number of a task."""
@@ -90,6 +88,7 @@ class Table:
     """Of the runs it is made of, where they come from runs.jsonl."""
 
     def is_fixed(self, arm: str) -> bool:
+        """Whether an arm thinks the same number of steps always."""
         return any(line.is_fixed for line in self.lines if line.arm == arm)
 
 
@@ -108,7 +107,7 @@ def make(
     metric = BITS if any("bits_per_byte" in row for run in runs for row in run.evaluations) else ACCURACY
     split = _headline_split(runs)
     # Fixed depths have one exit; their rows make the frontier.
-    depths = [points(of_arm, metric, split, exits(of_arm)[0]) for of_arm in by_arm.values() if is_fixed(of_arm[0])]
+    depths = [points(of_arm, metric, split, exits(of_arm)[0]) for of_arm in by_arm.values() if of_arm[0].is_fixed]
     frontier = statistics.frontier(depths, metric.higher_is_better)
     reference = _mean(run.training_flops for run in by_arm[order[0]])
     lines = [
@@ -117,7 +116,6 @@ def make(
         for exit in exits(of_arm)
     ]
     costs = [_mean(run.training_flops for run in of_arm) for of_arm in by_arm.values()]
-    hardware = tuple(dict.fromkeys(run.hardware for run in runs))
     return Table(
         title=title,
         split=split,
@@ -128,16 +126,11 @@ def make(
         difficulty_name=runs[0].difficulty_name,
         matched_training=statistics.matched(costs),
         commits=tuple(dict.fromkeys(run.commit for run in runs)),
-        hardware=hardware,
+        hardware=tuple(dict.fromkeys(run.machine for run in runs)),
         cost=_cost(runs),
         notes=tuple(notes),
         keys=tuple(run.key for run in runs if run.key),
     )
-
-
-def is_fixed(run: Run) -> bool:
-    """Whether a run thinks the same number of steps always."""
-    return run.config["rule"]["type"] == FIXED
 
 
 def exits(runs: Sequence[Run]) -> list[str]:
@@ -155,8 +148,7 @@ def points(runs: Sequence[Run], metric: Metric, split: str, exit: str) -> dict[i
 def claims(table: Table) -> list[str]:
     """What the paired intervals allow to be said, one sentence an arm."""
     said = []
-    if not table.matched_training:
-        said.append("Training FLOPs of the arms differ by more than 2 %: no comparison below is matched in them.")
+    equal = "at equal inference FLOPs" + ("" if table.matched_training else " but unequal training FLOPs")
     for line in table.lines:
         if line.is_fixed:
             continue
@@ -166,12 +158,12 @@ def claims(table: Table) -> list[str]:
         elif line.versus.excludes_zero:
             word = "better" if table.metric.sign * line.versus.mean > 0 else "worse"
             said.append(
-                f"{who} {word} than fixed depth at equal inference FLOPs by {abs(line.versus.mean):.4f} "
+                f"{who} {word} than fixed depth {equal} by {abs(line.versus.mean):.4f} "
                 f"{table.metric.name} (95 % interval {line.versus.low:+.4f} to {line.versus.high:+.4f}, "
                 f"n = {line.versus.n})."
             )
         else:
-            said.append(f"{who} no difference to fixed depth at equal inference FLOPs is shown (n = {line.versus.n}).")
+            said.append(f"{who} no difference to fixed depth {equal} is shown (n = {line.versus.n}).")
     return said
 
 
@@ -189,7 +181,7 @@ def _line(
     beyond = _evaluations(runs, "extrapolation", exit)
     values = [row[metric.field] for row in rows.values()]
     versus, why = None, "fixed depth"
-    if not is_fixed(runs[0]):
+    if not runs[0].is_fixed:
         versus = statistics.above_frontier(frontier, points(runs, metric, split, exit))
         why = "" if versus else "outside" if frontier.knots.keys() & rows.keys() else "no fixed depth of these seeds"
 
@@ -215,7 +207,7 @@ def _line(
         seconds=_mean(run.train_seconds for run in runs),
         parameters=runs[0].parameters,
         training_steps=runs[0].training_steps,
-        is_fixed=is_fixed(runs[0]),
+        is_fixed=runs[0].is_fixed,
         is_default=exit == exits(runs)[0],
     )
 
