@@ -395,12 +395,3 @@ def test_help_shows_fields_defaults_and_docstrings(tmp_path: Path) -> None:
         "--workdir STR",
     ):
         assert line in re.sub(r"\s+", " ", text), line
-
-
-def test_steps_that_are_given_win_over_the_experiments_budget() -> None:
-    source = "experiments/addition.py:smoke"
-    experiment = cli.Experiment.load(source, {"training.steps": ["7"]})
-    assert (experiment.config().training.steps, experiment.config().training.flops) == (7, None)
-    both = cli.Experiment.load(source, {"training.steps": ["7"], "training.flops": ["1e12"]})
-    assert both.config().training.flops == 1e12
-    assert cli.Experiment.load(source).config().training.flops is not None
