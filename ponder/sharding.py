@@ -38,6 +38,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "vocab": "tensor",
+    "word": None,
     "head_dim": None,
     "length": None,
     "layers": None,
