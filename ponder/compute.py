@@ -100,9 +100,11 @@ def swiglu(size: Number) -> Cost:
     return Cost(5 * size, 13 * size)
 
 
-def embedding(size: Number) -> Cost:
-    """No matmul: bounds check and scaling, and the scatter of the gradient."""
-    return Cost(2 * size, 2 * size)
+def embedding(size: Number, words: int = 1) -> Cost:
+    """No matmul: bounds check and scaling, and the scatter of the gradient; of several words masks and a sum too."""
+    if words == 1:
+        return Cost(2 * size, 2 * size)
+    return Cost(4 * words * size + 9 * words + size, 5 * words * size + 2 * size)
 
 
 def cross_entropy(classes: Number) -> Cost:
@@ -154,7 +156,7 @@ def parts(model: ModelConfig, shape: Shape, needs: frozenset[str] = frozenset(),
 
 def _transformer(model: Transformer, shape: Shape, keys: Number) -> Parts:
     size = model.d_model
-    begin = embedding(size) + model.prelude_layers * layer(model, keys)
+    begin = embedding(size, shape.words) + model.prelude_layers * layer(model, keys)
     step = model.core_layers * layer(model, keys, own_keys=model.kv == "depth")
     if model.inject:
         begin += normalise(size)

@@ -157,7 +157,7 @@ class HeldOut:
         totals: dict[str, Sums] = {}
         length = 0
         for i, batch in enumerate(self._batches(split, limit)):
-            length = batch.inputs.shape[1]
+            length = batch.segments.shape[1]
             batch = self._run.put(batch, seeds=False)
             for exit, (sums, _) in self._run.evaluate_step(params, batch, i).items():
                 sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)

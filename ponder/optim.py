@@ -9,7 +9,8 @@ import optax
 
 from ponder.config import Optim
 
-NOT_DECAYED = frozenset({"vocab"})  # embeddings and readouts: a class's row is seen at its own rate
+# Embeddings and readouts: a class's row is seen at its own rate. Masks of a word's place start at one, not at zero.
+NOT_DECAYED = frozenset({"vocab", "word"})
 
 
 def schedule(optim: Optim, total_steps: int) -> optax.Schedule:
@@ -30,7 +31,7 @@ def schedule(optim: Optim, total_steps: int) -> optax.Schedule:
 
 
 def decay_mask(axes: Any) -> Any:
-    """True for matrices: leaves with two or more logical axes, stacking aside, none of which is the vocabulary."""
+    """True for matrices: leaves with two or more logical axes, stacking aside, none of which is NOT_DECAYED."""
 
     def decays(names: tuple[str | None, ...]) -> bool:
         own = [name for name in names if name != "layers"]

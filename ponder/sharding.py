@@ -37,6 +37,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "heads": "tensor",
     "vocab": "tensor",
+    "word": None,
     "head_dim": None,
     "length": None,
     "layers": None,

@@ -60,6 +60,19 @@ def layer(stack: Parameters, i: int) -> Parameters:
     return {k: layer(v, i) if isinstance(v, dict) else v[i] for k, v in stack.items()}
 
 
+def embedded(p: Parameters, ids):
+    """Vectors [T, D] of ids [T], or [T, W] with W places of words in a lane, where 0 is no word."""
+    size = p["embedding"].shape[-1]
+    if ids.ndim == 1:
+        return p["embedding"][ids] * np.sqrt(size)
+    x = np.zeros((len(ids), size))
+    for t, lane in enumerate(ids):
+        words = [(place, word) for place, word in enumerate(lane) if word != 0]
+        for place, word in words:
+            x[t] += p["embedding"][word] * p["word_mask"][place] * np.sqrt(size / len(words))
+    return x
+
+
 def transformer_row(p: Parameters, config: configs.Transformer, ids, segments, positions, stops):
     """Logits [T, V] and halting logits [K, T] of one row. Lane t runs the steps 1 .. stops[t], then stands still."""
     theta = config.rope_theta
@@ -75,7 +88,7 @@ def transformer_row(p: Parameters, config: configs.Transformer, ids, segments, p
             positions,
         )
 
-    x = p["embedding"][ids] * np.sqrt(config.d_model)
+    x = embedded(p, ids)
     for i in range(config.prelude_layers):
         x = ordinary(p["prelude"], i, x)
     state, prelude = x, x

@@ -6,12 +6,17 @@ import itertools
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ponder.errors import UserError
-from ponder.tasks.babi import ALL, NAMES, Babi, questions
+from ponder.models import build
+from ponder.models.config import Transformer
+from ponder.tasks.babi import ALL, NAMES, WORDS, Babi, questions
 from ponder.tasks.babi_vocabulary import VOCABULARY
+from ponder.tasks.builder import load
 from ponder.tasks.sources import read_text
 from ponder.tasks.task import Rows
 from ponder.tasks.tfds_builder import check
@@ -61,7 +66,7 @@ def examples(task: Babi, split: str) -> list[tuple[str, str, int]]:
             one = Rows(*(array[row] for array in block))
             for segment in range(1, one.segments.max() + 1):
                 here = np.flatnonzero(one.segments == segment)
-                # The question mark alone has a target.
+                # The question alone has a target.
                 assert one.weights[here].tolist() == [0] * (len(here) - 1) + [1]
                 text = task.decode(one.inputs[here].tolist())
                 found.append((text, task.decode([int(one.targets[here[-1]])]), int(one.difficulty[here[-1]])))
@@ -75,7 +80,16 @@ def test_the_vocabulary_is_that_of_all_train_files(published: Path) -> None:
             for line in read_text(path).lower().splitlines():
                 text, _, rest = line.partition(" ")[2].partition("\t")
                 words |= set(re.findall(r"[a-z]+|[.?]", text)) | set(rest.split("\t")[:1]) - {""}
-    assert tuple(sorted(words)) == VOCABULARY
+    assert ("", *sorted(words)) == VOCABULARY
+
+
+def test_a_lane_holds_the_longest_sentence_of_all_files(published: Path) -> None:
+    longest = 0
+    for folder in ("en", "en-10k"):
+        for path in (published / "babi" / folder).glob("*.txt*"):
+            for line in read_text(path).splitlines():
+                longest = max(longest, len(re.findall(r"[A-Za-z]+|[.?]", line.partition("\t")[0])))
+    assert longest == WORDS
 
 
 def test_stories_so_far_and_answers(own: Path) -> None:
@@ -95,12 +109,59 @@ def test_stories_so_far_and_answers(own: Path) -> None:
 
 
 def test_a_long_story_keeps_its_most_recent_statements(own: Path) -> None:
-    task = Babi(tasks=(1,), length=17)
-    texts = {text for text, _, _ in examples(task, "test")}
-    # 4 tokens of question leave 13: the statements of 7 and 6 fit, the first one does not.
-    assert "john went to the hallway . daniel went back to the hallway . where is daniel ?" in texts
-    assert task.counts()["cut"] == 1
-    assert max(len(text.split()) for text in texts) <= 17
+    story = ["mary moved to the bathroom .", "john went to the hallway .", "daniel went back to the hallway ."]
+    for length in (4, 3, 2, 1):
+        task = Babi(tasks=(1,), length=length)
+        kept = " ".join((*story[4 - length :], "where is daniel ?"))
+        assert kept in {text for text, _, _ in examples(task, "test")}
+    # Of all questions only that one has three statements before it; those that train shares with test are dropped.
+    assert [Babi(tasks=(1,), length=length).counts()["cut"] for length in (4, 3)] == [0, 1]
+    with pytest.raises(UserError, match="length=0: a row holds at least the question"):
+        Babi(length=0)
+
+
+def test_a_lane_is_a_sentence(own: Path) -> None:
+    task = Babi(tasks=(1,), length=8)
+    assert task.shape.words == WORDS
+    lanes = task.encode("Mary moved to the bathroom. Where is  Mary?")
+    assert [len(lane) for lane in lanes] == [WORDS] * 2
+    assert [sum(i > 0 for i in lane) for lane in lanes] == [6, 4]
+    assert [task.decode([lane]) for lane in lanes] == ["mary moved to the bathroom .", "where is mary ?"]
+    assert task.decode(lanes) == "mary moved to the bathroom . where is mary ?"
+    assert task.encode(task.decode(lanes)) == lanes
+    assert task.decode([VOCABULARY.index("garden")]) == "garden"
+    assert task.encode("mary moved") == [[*(VOCABULARY.index(word) for word in ("mary", "moved")), *[0] * 10]]
+    with pytest.raises(UserError, match="has 13 words: a sentence of bAbI has at most 12"):
+        task.encode("mary " * 13)
+
+
+def test_what_is_read_back_is_what_was_made(own: Path, tmp_path: Path) -> None:
+    task = Babi(tasks=(1,), length=8)
+    made = Rows(*map(np.concatenate, zip(*task.rows("test"), strict=True)))
+    for name, read, want in zip(Rows._fields, load(task, "test", tmp_path), made, strict=True):
+        np.testing.assert_array_equal(read, want, err_msg=name)
+    assert made.inputs.shape == (*made.segments.shape, WORDS)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_packed_row_answers_as_its_questions_alone(own: Path, causal: bool) -> None:
+    task = Babi(tasks=(1,), length=10)
+    (block,) = task.rows("test")
+    assert block.segments.max(axis=1).tolist() == [3]  # all three share the row
+    model = build(Transformer(steps=2, d_model=8, heads=2, causal=causal), task.shape, jax.random.key(0))
+
+    def answers(row: Rows) -> np.ndarray:
+        key, arrays = jax.random.key(0), Rows(*(jnp.asarray(array.astype(np.int32))[None] for array in row))
+        context = model.context(arrays.segments, arrays.positions)
+        state, x, context = model.begin(model.embed(arrays.inputs), context, key)
+        for k in (1, 2):
+            state, context = model.step(state, x, k, context, None, key)
+        return np.asarray(model.logits(model.finish(state, context)))[0][row.weights > 0]
+
+    packed = answers(Rows(*(array[0] for array in block)))
+    for segment in (1, 2, 3):
+        alone = answers(Rows(*(array[0][block.segments[0] == segment] for array in block)))
+        np.testing.assert_allclose(packed[segment - 1 : segment], alone, atol=1e-5)
 
 
 def test_train_questions_that_are_in_test_are_dropped(own: Path) -> None:
@@ -181,7 +242,7 @@ def test_all_twenty_published_tasks(published: Path) -> None:
 
 
 def test_every_published_example_is_verified(published: Path) -> None:
-    task = Babi(tasks=(1, 8, 19), size="1k", length=400)  # comma lists and paths are single answers
+    task = Babi(tasks=(1, 8, 19), size="1k", length=60)  # comma lists and paths are single answers
     assert task.counts()["cut"] == 0
     answers = set()
     for text, answer, _ in examples(task, "test"):

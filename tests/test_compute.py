@@ -33,12 +33,13 @@ class Sizes(Task):
     length: int = 24
     values: bool = False
     classes: int = 20
+    words: int = 1
 
     @property
     def shape(self) -> Shape:
         if self.values:
             return Shape(0, self.length, 2, "example")
-        return Shape(self.classes, self.length, self.classes, "token")
+        return Shape(self.classes, self.length, self.classes, "token", self.words)
 
 
 SMALL = Transformer(steps=3, d_model=64, heads=4, prelude_layers=1, core_layers=1)
@@ -57,6 +58,9 @@ CASES = {
         Act(),
     ),
     "narrow_heads": (replace(SMALL, d_model=32, heads=2, head_size=4, prelude_layers=0), Sizes(96), Fixed()),
+    # Little else than the embedding, and what bAbI has.
+    "words": (replace(SMALL, steps=1, d_model=16, heads=2, mlp_size=8), Sizes(8, words=12), Fixed()),
+    "sentences": (replace(SMALL, kv="first"), Sizes(32, words=12, classes=180), PonderNet()),
     "gru": (Recurrent(steps=4, cell="gru", d_model=64), Sizes(16, values=True), PonderNet()),
     "rnn": (Recurrent(steps=4, cell="rnn", d_model=64), Sizes(16, values=True), PonderNet()),
     "rnn_wide": (Recurrent(steps=6, cell="rnn", d_model=128), Sizes(64, values=True), Act()),
@@ -75,6 +79,8 @@ def abstract_problem(config: Config):
     row = jax.ShapeDtypeStruct((ROWS, shape.length), jnp.int32)
     lane = row if shape.lanes == "token" else jax.ShapeDtypeStruct((ROWS,), jnp.int32)
     batch = Batch(row, lane, jax.ShapeDtypeStruct(lane.shape, jnp.float32), lane, row, row)
+    if shape.words > 1:
+        batch = batch._replace(inputs=jax.ShapeDtypeStruct((*row.shape, shape.words), jnp.int32))
     if not shape.vocabulary:
         batch = batch._replace(inputs=jax.ShapeDtypeStruct(row.shape, jnp.float32))
     return *nnx.split(abstract, nnx.Param), batch

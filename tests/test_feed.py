@@ -55,6 +55,17 @@ def test_a_batch_is_whole_rows_in_the_dtypes_of_the_step(per_example: bool) -> N
         assert array.dtype == (np.float32 if name == "weights" else np.int32)
 
 
+def test_lanes_of_several_words_are_taken_cropped_and_padded_whole() -> None:
+    rows = make_rows(20)
+    words = rows._replace(inputs=np.stack([rows.inputs, rows.inputs + 100, rows.inputs + 200], axis=-1))
+    for stream in (False, True):
+        one, several = (next(Feed(each, 8, seed=2, stream=stream)) for each in (rows, words))
+        np.testing.assert_array_equal(several.inputs, np.asarray(one.inputs)[..., None] + np.array([0, 100, 200]))
+        assert_same(several._replace(inputs=one.inputs), one)
+    *_, last = evaluation_batches(words, 8)
+    assert last.inputs.shape == (8, 5, 3) and last.inputs[:4].all() and not last.inputs[4:].any()
+
+
 def test_every_epoch_sees_every_row_once_in_another_order() -> None:
     feed = Feed(make_rows(24), 8, seed=3)
     epochs = [[i for _ in range(3) for i in taken(next(feed))] for _ in range(3)]

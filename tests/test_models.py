@@ -150,6 +150,56 @@ def test_transformer_gradient_agrees_with_float64(case, unroll):
     check_gradient(loss, oracle_loss, params)
 
 
+SENTENCES = SHAPE._replace(words=4)
+WORDS = np.random.default_rng(7).integers(1, 7, (*IDS.shape, 4)) * (
+    np.arange(4) < np.resize([1, 3, 4, 2, 0], 12).reshape(2, 6, 1)
+)
+
+
+def test_words_of_a_lane_agree_with_float64():
+    """Lanes of none to four words through the whole model, and the gradients of their masks and embeddings."""
+    graph, params = made(TINY, SENTENCES)
+    for ours, theirs in zip(run(graph, params, ids=WORDS), expected(params, TINY, STOPS, WORDS), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=3e-5, rtol=3e-4)
+    weights = np.random.default_rng(8).normal(size=(*IDS.shape, 12))
+    own = {name: params[name] for name in ("embedding", "word_mask")}
+
+    def loss(own):
+        embedded = nnx.merge(graph, params | own).embed(jnp.asarray(WORDS))
+        return jnp.sum(embedded * jnp.asarray(weights, jnp.float32))
+
+    def oracle_loss(own):
+        return sum(np.sum(oracle.embedded(own, row) * w) for row, w in zip(WORDS, weights, strict=True))
+
+    check_gradient(loss, oracle_loss, own)
+
+
+def test_no_word_means_nothing_and_the_order_of_words_does():
+    graph, params = made(TINY, SENTENCES)
+    model = nnx.merge(graph, params)
+    other = nnx.merge(graph, params | {"embedding": params["embedding"].at[0].set(1e6)})
+    np.testing.assert_array_equal(model.embed(jnp.asarray(WORDS)), other.embed(jnp.asarray(WORDS)))
+    assert not np.any(model.embed(jnp.zeros((1, 1, 4), jnp.int32)))
+    wider, _ = made(TINY, SENTENCES._replace(words=6))
+    longer = params | {"word_mask": jnp.pad(params["word_mask"], ((0, 2), (0, 0)), constant_values=9.0)}
+    padded = nnx.merge(wider, longer).embed(jnp.asarray(np.pad(WORDS, ((0, 0), (0, 0), (0, 2)))))
+    np.testing.assert_allclose(padded, model.embed(jnp.asarray(WORDS)), atol=1e-6)
+    ordered, turned = model.embed(jnp.asarray([[[1, 2, 3, 4]]])), model.embed(jnp.asarray([[[4, 3, 2, 1]]]))
+    assert np.abs(ordered - turned).max() > 0.1
+
+
+def test_lanes_of_words_start_at_unit_scale_and_know_the_order():
+    config, shape = replace(TINY, d_model=96), Shape(50, 6, 50, "token", words=12)
+    model = build(config, shape, jax.random.key(0))
+    ids = np.random.default_rng(0).integers(1, 50, (40, 6, 12)) * (
+        np.arange(12) < 1 + np.arange(240).reshape(40, 6, 1) % 12
+    )
+    embedded = model.embed(jnp.asarray(ids))
+    assert 0.9 < float(jnp.sqrt(jnp.mean(embedded**2))) < 1.2
+    assert np.abs(model.embed(jnp.asarray(ids[..., ::-1].copy())) - embedded).max() > 0.5
+    assert float(jnp.mean(model.word_mask[...])) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("cell", RECURRENT)
 def test_recurrent_agrees_with_float64(cell):
     config, shape = RECURRENT[cell], Shape(0, 5, 2, "example")
@@ -297,8 +347,8 @@ def test_linear_takes_any_rank():
 
 
 def test_axes_and_table_describe_every_parameter():
-    known = {"embed", "mlp", "heads", "head_dim", "vocab", "length", "layers"}
-    for config, shape in ((CASES["untied"], SHAPE), (RECURRENT["gru"], Shape(0, 6, 2, "example"))):
+    known = {"embed", "mlp", "heads", "head_dim", "vocab", "word", "length", "layers"}
+    for config, shape in ((CASES["untied"], SHAPE), (TINY, SENTENCES), (RECURRENT["gru"], Shape(0, 6, 2, "example"))):
         model = abstract(config, shape)
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         assert len(jax.tree.leaves(nnx.state(model))) == len(jax.tree.leaves(params))  # nothing but nnx.Param
@@ -331,6 +381,7 @@ def test_tied_steps_are_free_of_parameters_and_untied_ones_are_not():
         (replace(TINY, tied_embeddings=True), SHAPE._replace(classes=2), "as many classes"),
         (TINY, Shape(0, 6, 2, "example"), "use Recurrent"),
         (RECURRENT["gru"], SHAPE, "use Transformer"),
+        (RECURRENT["gru"], Shape(0, 6, 2, "example", words=3), "use Transformer"),
         (ModelConfig(), SHAPE, "no trajectory for ModelConfig"),
     ],
 )

@@ -28,12 +28,12 @@ def test_first_fit_is_first_fit(lengths: list[int]) -> None:
     assert first_fit(lengths, 12) == first_fit_by_brute_force(lengths, 12)
 
 
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=60), st.integers(0, 2**32 - 1))
-def test_every_example_comes_out_once_and_whole(lengths: list[int], seed: int) -> None:
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=60), st.integers(0, 2**32 - 1), st.sampled_from([(), (3,)]))
+def test_every_example_comes_out_once_and_whole(lengths: list[int], seed: int, words: tuple[int, ...]) -> None:
     generator = np.random.default_rng(seed)
     examples = [
         Example(
-            generator.integers(1, 1000, length),
+            generator.integers(1, 1000, (length, *words)),
             generator.integers(0, 1000, length),
             generator.integers(0, 2, length),
             int(generator.integers(0, 9)),
@@ -62,5 +62,5 @@ def test_every_example_comes_out_once_and_whole(lengths: list[int], seed: int) -
 
 @pytest.mark.parametrize("length", [0, 13])
 def test_an_example_that_fits_no_row_is_an_error(length: int) -> None:
-    with pytest.raises(UserError, match=rf"example 1 has {length} tokens: a row holds 1 to 12"):
+    with pytest.raises(UserError, match=rf"example 1 has {length} lanes: a row holds 1 to 12"):
         first_fit([3, length], 12)

@@ -52,6 +52,7 @@ def test_bad_mesh(asked: Mesh, says: str) -> None:
 def test_spec_by_rules() -> None:
     mesh = sharding.make_mesh(Mesh(2, 2, 2))
     assert sharding.spec(("vocab", "embed"), (8, 4), mesh) == P("tensor", "fsdp")
+    assert sharding.spec(("word", "embed"), (12, 4), mesh, "word_mask") == P(None, "fsdp")
     assert sharding.spec(("layers", "embed", "heads", "head_dim"), (3, 4, 2, 5), mesh) == P(
         None, "fsdp", "tensor", None
     )

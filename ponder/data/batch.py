@@ -14,7 +14,7 @@ with epy.lazy_imports():
 class Batch(NamedTuple):
     """`*n` is `[B, T]` where each token has a target and `[B]` where each example has one."""
 
-    inputs: Int[jax.Array, "B T"]  # token ids, or the values of a vector
+    inputs: Int[jax.Array, "B T *w"]  # token ids, or the values of a vector; `*w` is [W] where a lane holds W ids
     targets: Int[jax.Array, "*n"]
     weights: Float[jax.Array, "*n"]  # 1 where the target counts, 0 on prompt and padding
     difficulty: Int[jax.Array, "*n"]  # label in 0 .. task.difficulties - 1

@@ -42,7 +42,7 @@ class Feed:
         if batch_size % process_count:
             raise UserError(f"batch size {batch_size} is not divisible by {process_count} processes: use a multiple")
         self._rows, self._stream, self._next = rows, stream, 0
-        count, length = rows.inputs.shape
+        count, length = rows.segments.shape
         if stream:
             # The text ends where the padding of its last row begins.
             count = max(0, int(np.count_nonzero(rows.segments)) - length + 1)
@@ -129,9 +129,9 @@ def gather(rows: Rows, indices: np.ndarray) -> Batch:
 
 def crop(rows: Rows, offsets: np.ndarray) -> Batch:
     """Windows of a text, one row long, that start at `offsets` [B] tokens. Positions count from the window's start."""
-    length = rows.inputs.shape[1]
+    length = rows.segments.shape[1]
     window = offsets[:, None] + np.arange(length)  # [B, T]
-    cut = Rows(*(array.reshape(-1)[window] for array in rows))
+    cut = Rows(*(array.reshape(-1, *array.shape[2:])[window] for array in rows))
     return _batch(cut._replace(positions=np.broadcast_to(np.arange(length), window.shape)))
 
 

@@ -12,9 +12,9 @@ from ponder.tasks.task import Rows
 
 
 class Example(NamedTuple):
-    """One example of `t` tokens, before packing."""
+    """One example of `t` lanes, before packing."""
 
-    inputs: np.ndarray  # [t] int
+    inputs: np.ndarray  # [t] int, or [t, W] with W ids a lane
     targets: np.ndarray  # [t] int
     weights: np.ndarray  # [t] 0 or 1
     difficulty: int
@@ -32,7 +32,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     shortest = min(lengths, default=0)
     for index, length in enumerate(lengths):
         if not 1 <= length <= capacity:
-            raise UserError(f"example {index} has {length} tokens: a row holds 1 to {capacity}")
+            raise UserError(f"example {index} has {length} lanes: a row holds 1 to {capacity}")
         while first_open < len(rows) and room[first_open] < shortest:
             first_open += 1
         fits = room[first_open : len(rows)] >= length
@@ -46,13 +46,15 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(examples: Sequence[Example], length: int) -> Rows:
-    """Examples to rows of `length` tokens, first fit, in order. Segments count from 1 in each row.
+    """Examples to rows of `length` lanes, first fit, in order. Segments count from 1 in each row.
 
     Raises:
       UserError: an example is empty or longer than a row.
     """
     plan = first_fit([len(example.inputs) for example in examples], length)
+    words = examples[0].inputs.shape[1:] if examples else ()
     rows = Rows(*(np.zeros((len(plan), length), np.int32) for _ in Rows._fields))
+    rows = rows._replace(inputs=np.zeros((len(plan), length, *words), np.int32))
     for row, members in enumerate(plan):
         start = 0
         for segment, index in enumerate(members, start=1):

@@ -1,7 +1,7 @@
 """Building blocks: parameters, 2-D linear maps, norms, rotary positions, the transformer block, stacks of layers.
 
 Parameters are `nnx.Param` in fp32 with a metadata entry `axes`, one logical axis name per dimension (embed, mlp, heads,
-head_dim, vocab). A stack of layers holds the same parameters with one more leading dimension, the axis `layers`.
+head_dim, vocab, word). A stack of layers holds the same parameters with one more leading dimension, the axis `layers`.
 The compute dtype is that of the activations passed in.
 """
 

@@ -35,7 +35,7 @@ def check(config: ModelConfig, shape: Shape) -> None:
             raise UserError(f"model.d_model is {config.d_model}, and must be at least 1")
         if config.cell not in ("rnn", "gru"):
             raise UserError(f"model.cell is {config.cell!r}: use rnn or gru")
-        if shape.lanes != "example" or shape.vocabulary:
+        if shape.lanes != "example" or shape.vocabulary or shape.words > 1:
             raise UserError(
                 "model Recurrent reads one vector of values per example and this task has tokens: use Transformer"
             )

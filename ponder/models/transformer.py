@@ -1,4 +1,4 @@
-"""Transformer trajectory: embed -> prelude -> core, applied K times -> coda. A lane is a token.
+"""Transformer trajectory: embed -> prelude -> core, applied K times -> coda. A lane is a token, or W words together.
 
 The state is the residual stream `[B, T, D]`. A looped residual stream grows with the number of steps, and a loss that
 reads it through a norm does not hold it back. So with `inject` each step enters through a norm: it starts from
@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -42,6 +43,12 @@ class Injection(nnx.Module):
         return mixed + x * layers.over_last(self.input[...], x)
 
 
+def places(words: int, size: int) -> Float[Array, "W D"]:
+    """Where the masks of a word's place start: the position encoding of Sukhbaatar et al. 2015, 0 to 2 around 1."""
+    place, channel = (np.arange(1, count + 1) - (count + 1) / 2 for count in (words, size))
+    return jnp.asarray(1 + 4 * np.outer(place, channel) / (words * size), jnp.float32)
+
+
 class Transformer(nnx.Module):
     """Trajectory protocol of `ponder.protocols`. Build it with `ponder.models.build`."""
 
@@ -57,6 +64,7 @@ class Transformer(nnx.Module):
 
         # Rows of norm one, scaled up by sqrt(D) on the way in: tied to the readout they give logits of unit scale.
         self.embedding = layers.weight(keys[0], (shape.vocabulary, size), ("vocab", "embed"), size)
+        self.word_mask = nnx.Param(places(shape.words, size), axes=("word", "embed")) if shape.words > 1 else None
         cores = 1 if config.tied else config.steps
         self.prelude = layers.stacked(block, config.prelude_layers, keys[1]) if config.prelude_layers else None
         self.core = layers.stacked(block, config.core_layers * cores, keys[2])
@@ -75,10 +83,20 @@ class Transformer(nnx.Module):
         causal = self.config.causal
         return Context(segments, visible(segments, causal), cosine, sine, causal=causal, backend=self.config.attention)
 
-    def embed(self, inputs: Int[Array, "*n"]) -> Float[Array, "*n D"]:
-        """Token ids to vectors of unit scale, in the compute dtype."""
-        rows = jnp.take(self.embedding[...], inputs, axis=0) * math.sqrt(self.config.d_model)
-        return constrain_lanes(rows.astype(self.dtype))
+    def embed(self, inputs: Int[Array, "..."]) -> Float[Array, "... D"]:
+        """Token ids `[*n]` to vectors of unit scale `[*n, D]`, in the compute dtype.
+
+        Where a lane holds W ids, `[*n, W]`, its vector is the sum of their embeddings, each times a learned mask of its
+        place (Henaff et al. 2017), over the square root of their number. Id 0 is no word. Summed in fp32.
+        """
+        rows = jnp.take(self.embedding[...], inputs, axis=0)
+        if self.word_mask is not None:
+            mask = self.word_mask[...]
+            real = (inputs > 0)[..., None]  # [*n, W, 1]
+            masked = rows * jnp.broadcast_to(mask.reshape((1,) * (inputs.ndim - 1) + mask.shape), rows.shape)
+            count = jnp.maximum(real.sum(axis=-2), 1).astype(jnp.float32)  # [*n, 1]
+            rows = jnp.where(real, masked, 0.0).sum(axis=-2) * jax.lax.rsqrt(count)
+        return constrain_lanes((rows * math.sqrt(self.config.d_model)).astype(self.dtype))
 
     def begin(
         self, x: Float[Array, "B T D"], context: Context, key: jax.Array

@@ -185,6 +185,7 @@ def _row_of_heat(trace: Row, most: int) -> str:
     targets = trace.get("target", [True] * len(trace["tokens"]))
     for token, steps, correct, target in zip(trace["tokens"], trace["steps"], trace["correct"], targets, strict=True):
         shown = token.replace("\n", "⏎\n") if token.isprintable() or token in ("\n", "\t") else "·"
+        shown += "\n" if " " in token.strip() else ""  # a lane that is a sentence has a line of its own
         kind = ("" if correct else " class=w") if target else " class=p"
         spans.append(f'<span{kind} style="--s:{_heat_of(steps, most)}" title="{steps} steps">{escape(shown)}</span>')
     return f'<div class="heat">{"".join(spans)}</div>'

@@ -1,4 +1,4 @@
-"""Every word and every answer of bAbI v1.2 in English, lower-cased and sorted.
+"""Every word and every answer of bAbI v1.2 in English, lower-cased and sorted, after id 0, which is no word.
 
 Derived from the train files of all twenty tasks (1k and 10k), and a test derives it again where they are at hand. It
 stands here so that a trained model can be loaded without the data, and ids mean the same whatever tasks are chosen. An
@@ -20,4 +20,4 @@ school she sheep south sphere square suitcase sumit swan than that the then ther
 took travelled triangle two up w,n w,s w,w was went west what where white who why will winona wolf wolves yann yellow
 yes yesterday you
 """
-VOCABULARY: tuple[str, ...] = tuple(_WORDS.split())
+VOCABULARY: tuple[str, ...] = ("", *_WORDS.split())

@@ -24,7 +24,7 @@ FRACTIONS = {"train": 0.8, "validation": 0.05, "calibration": 0.05, "test": 0.1}
 class Rows(NamedTuple):
     """A block of encoded rows. Padding has weight 0 and segment 0."""
 
-    inputs: np.ndarray  # [R, T] int16 or int32: token ids, or the values of a vector
+    inputs: np.ndarray  # [R, T] int16 or int32: token ids, or the values of a vector; [R, T, W] with W ids a lane
     targets: np.ndarray  # [R, T] or [R], int
     weights: np.ndarray  # like targets, uint8: 1 where the target counts
     difficulty: np.ndarray  # like targets, int: label in 0 .. difficulties - 1
@@ -43,6 +43,7 @@ class Shape(NamedTuple):
     length: int  # T
     classes: int  # size of the output
     lanes: Literal["token", "example"]  # one target a token, or one an example
+    words: int = 1  # W, ids in one lane, which the model sums; where above 1, id 0 fills a lane and is no word
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ class Task:
         """Whether `answer` is exactly right for `question`, both as text."""
         raise NotImplementedError
 
-    def encode(self, question: str) -> list[int]:
-        """Prompt text to input ids."""
+    def encode(self, question: str) -> list[Any]:
+        """Prompt text to input lanes: one id each, or with `shape.words` > 1 a list of that many."""
         raise NotImplementedError
 
-    def decode(self, ids: list[int]) -> str:
-        """Ids to text."""
+    def decode(self, ids: list[Any]) -> str:
+        """Lanes as `encode` gives them, or ids of an answer, to text."""
         raise NotImplementedError
 
 
@@ -108,8 +109,8 @@ def check_row_counts(task: Any) -> None:
 
 
 def whole_rows(inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray, difficulty: np.ndarray) -> Rows:
-    """Rows of one unpadded example each: inputs [R, T], targets and weights [R, T] or [R], difficulty [R]."""
-    count, length = inputs.shape
+    """Rows of one unpadded example each: inputs [R, T (, W)], targets and weights [R, T] or [R], difficulty [R]."""
+    count, length = inputs.shape[:2]
     label = difficulty.reshape(count, *[1] * (targets.ndim - 1))
     return Rows(
         inputs,

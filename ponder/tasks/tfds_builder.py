@@ -31,7 +31,7 @@ class PonderTask(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> Any:
         # Both sizes of a record's arrays are open: the last block is short, and extrapolation rows are longer.
         lanes = (None, None) if self.task.shape.lanes == "token" else (None,)
-        shapes = ((None, None), lanes, lanes, lanes, (None, None), (None, None))
+        shapes = ((None, None, *words(self.task.shape)), lanes, lanes, lanes, (None, None), (None, None))
         features = {
             name: tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.ZLIB)
             for name, shape, dtype in zip(Rows._fields, shapes, dtypes(self.task.shape), strict=True)
@@ -61,17 +61,22 @@ def dtypes(shape: Shape) -> Rows:
     return Rows(token, token, np.uint8, np.int16, np.int16, np.int16)  # type: ignore[arg-type]
 
 
+def words(shape: Shape) -> tuple[int, ...]:
+    """The axis that inputs have beyond the row's: none, or the ids of one lane."""
+    return (shape.words,) if shape.words > 1 else ()
+
+
 def check(block: Rows, task: Task, split: str) -> None:
     """Raise ValueError where a task breaks its own word: the mistake is in its code, not in anybody's input."""
     shape, lanes = task.shape, block.targets.shape
     where = f"{type(task).__name__}.rows({split!r})"
-    expected = block.inputs.shape if shape.lanes == "token" else block.inputs.shape[:1]
+    expected = block.segments.shape if shape.lanes == "token" else block.segments.shape[:1]
     if not (expected == lanes == block.weights.shape == block.difficulty.shape):
         raise ValueError(f"{where}: targets, weights and difficulty must have shape {expected}, found {lanes}")
-    if not (block.inputs.shape == block.segments.shape == block.positions.shape):
-        raise ValueError(f"{where}: inputs, segments and positions must have one shape")
-    if split == "train" and block.inputs.shape[1] != shape.length:
-        raise ValueError(f"{where}: rows have length {block.inputs.shape[1]}, the task says {shape.length}")
+    if block.positions.shape != block.segments.shape or block.inputs.shape != (*block.segments.shape, *words(shape)):
+        raise ValueError(f"{where}: inputs (of {shape.words} words), segments and positions must have one shape")
+    if split == "train" and block.segments.shape[1] != shape.length:
+        raise ValueError(f"{where}: rows have length {block.segments.shape[1]}, the task says {shape.length}")
     limits = {"targets": shape.classes, "weights": 2, "difficulty": task.difficulties}
     if shape.vocabulary:
         limits["inputs"] = shape.vocabulary
