@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ponder.errors import UserError
 from ponder.models.config import ModelConfig
@@ -153,6 +156,7 @@ def validate(config: Config) -> None:
     )
     mesh = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     for right, message in (
+        *((math.isfinite(value), f"{name} is {value}: a finite number") for name, value in _floats(config)),
         *checks,
         (
             all(size >= 1 or size == -1 for size in mesh),
@@ -166,3 +170,12 @@ def validate(config: Config) -> None:
     ):
         if not right:
             raise UserError(message)
+
+
+def _floats(part: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    for each in dataclasses.fields(part):
+        value = getattr(part, each.name)
+        if dataclasses.is_dataclass(value):
+            yield from _floats(value, f"{prefix}{each.name}.")
+        elif isinstance(value, float):
+            yield prefix + each.name, value
