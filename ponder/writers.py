@@ -60,7 +60,8 @@ class Metrics:
     """The metrics of one run.
 
     `resume_step` is the step that training goes on from: rows of later steps are dropped, so that the file ends up
-    with the rows of an uninterrupted run. None starts a new file.
+    with the rows of an uninterrupted run (`ponder.metrics.Meter` restores what the next row is the mean of). None
+    starts a new file.
     """
 
     def __init__(
