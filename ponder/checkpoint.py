@@ -102,6 +102,14 @@ class Checkpoints:
         """Step of the highest score among those that are there."""
         return _best(self.directory)
 
+    def improves(self, score: float | None) -> bool:
+        """Whether a step of this score would be the best there is, and `keep_best` keep it."""
+        if score is None or not self._keep_best:
+            return False
+        with self._writing(None):
+            self._opened()
+        return score > max(self._scores.values(), default=-math.inf)
+
     def save(
         self,
         step: int,

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ponder.errors import UserError
 from ponder.models.config import ModelConfig
@@ -113,26 +115,20 @@ def validate(config: Config) -> None:
         (model.steps >= 1, f"model.steps is {model.steps}: a model thinks at least 1 step"),
         (training.steps >= 1, f"training.steps is {training.steps}: at least 1"),
         (training.batch_size >= 1, f"training.batch_size is {training.batch_size}: at least 1"),
-        (
-            training.flops is None or 0 < training.flops < math.inf,
-            f"training.flops is {training.flops}: above 0 and finite, or None",
-        ),
+        (training.flops is None or training.flops > 0, f"training.flops is {training.flops}: above 0, or None"),
         (optim.accumulate >= 1, f"optim.accumulate is {optim.accumulate}: at least 1"),
         (
             optim.accumulate < 1 or training.batch_size % optim.accumulate == 0,
             f"training.batch_size {training.batch_size} is not divisible by optim.accumulate {optim.accumulate}",
         ),
-        (0 < optim.lr < math.inf, f"optim.lr is {optim.lr}: above 0 and finite"),
+        (optim.lr > 0, f"optim.lr is {optim.lr}: above 0"),
         (optim.warmup_steps >= 0, f"optim.warmup_steps is {optim.warmup_steps}: at least 0"),
         (
             optim.decay_steps is None or optim.decay_steps >= 1,
             f"optim.decay_steps is {optim.decay_steps}: at least 1, or None for all steps",
         ),
         (0 <= optim.final_lr_fraction <= 1, f"optim.final_lr_fraction is {optim.final_lr_fraction}: from 0 to 1"),
-        (
-            0 <= optim.weight_decay < math.inf,
-            f"optim.weight_decay is {optim.weight_decay}: at least 0 and finite",
-        ),
+        (optim.weight_decay >= 0, f"optim.weight_decay is {optim.weight_decay}: at least 0"),
         (0 <= optim.b1 < 1, f"optim.b1 is {optim.b1}: at least 0 and below 1"),
         (0 <= optim.b2 < 1, f"optim.b2 is {optim.b2}: at least 0 and below 1"),
         (optim.eps > 0, f"optim.eps is {optim.eps}: above 0"),
@@ -160,6 +156,7 @@ def validate(config: Config) -> None:
     )
     mesh = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     for right, message in (
+        *((math.isfinite(value), f"{name} is {value}: a finite number") for name, value in _floats(config)),
         *checks,
         (
             all(size >= 1 or size == -1 for size in mesh),
@@ -173,3 +170,12 @@ def validate(config: Config) -> None:
     ):
         if not right:
             raise UserError(message)
+
+
+def _floats(part: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    for each in dataclasses.fields(part):
+        value = getattr(part, each.name)
+        if dataclasses.is_dataclass(value):
+            yield from _floats(value, f"{prefix}{each.name}.")
+        elif isinstance(value, float):
+            yield prefix + each.name, value

@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import jax
 import numpy as np
@@ -62,7 +62,7 @@ def _flocked(path: epath.Path) -> Iterator[None]:
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(f"cannot lock {path}: {error.strerror}; a workdir is a folder that can be written") from error
+        raise _unwritable(path, error) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,11 +76,12 @@ def _flocked(path: epath.Path) -> Iterator[None]:
         try:
             _write(handle, json.dumps(_holder()))
         except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}): make room, then start again") from error
+            raise _unwritable(path, error) from error
         try:
             yield
         finally:
-            os.ftruncate(handle, 0)
+            with suppress(OSError):  # closing frees the lock, whatever the file says
+                _write(handle, "")
     finally:
         os.close(handle)
 
@@ -100,7 +101,10 @@ def _beating(path: epath.Path) -> Iterator[None]:
         now = _read(path)
         if now and now != found:
             raise _refused(path, now)
-    _beat(path, token, 0)
+    try:
+        _beat(path, token, 0)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     time.sleep(SETTLE_SECONDS)
     if token not in (now := _read(path)):
         raise _refused(path, now)
@@ -165,6 +169,11 @@ def _refused(path: epath.Path, text: str) -> UserError:
     except (ValueError, KeyError):  # it is just being written
         who = "another process"
     return UserError(f"{path.parent} is being trained by {who}: wait for it, stop it, or use another workdir")
+
+
+def _unwritable(path: epath.Path, error: OSError) -> UserError:
+    why = error.strerror or error
+    return UserError(f"cannot lock {path}: {why}; a workdir is a folder that can be written, with room left")
 
 
 def _from_first_process(text: str) -> str:

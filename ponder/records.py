@@ -1,6 +1,7 @@
 """What a workdir remembers of its run: the resolved configuration, as JSON, and where it came from.
 
-`config.json` holds the format version, the configuration, versions, commit and command. Workdirs may lie on `gs://`.
+`config.json` holds the format version, the configuration, a hash of the data, the commit, versions and command that
+began the run, and the same of every session that its steps come from. Workdirs may lie on `gs://`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ import ponder
 from ponder.config import MAY_CHANGE, Config
 from ponder.errors import UserError
 from ponder.serialization import from_json, to_json
+from ponder.tasks import sources
 
 with epy.lazy_imports():
     import jax
 
 FORMAT = 1
+RESULTS, TRACES = "results.json", "traces.jsonl"
 _PACKAGE = Path(__file__).resolve().parent
 
 # Modules that cannot change a number: how a run is started, kept, shown and compared.
@@ -46,7 +49,7 @@ _LOOK_FIELDS = ("logging", "name", "checkpoint.every_steps", "checkpoint.keep_la
 
 
 def prepare(workdir: epath.PathLike) -> epath.Path:
-    """The workdir, made if need be. Raises UserError if it is a file or cannot be made."""
+    """The workdir, made if need be. Raises UserError if it is a file, cannot be made or needs a missing library."""
     path = epath.Path(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -54,14 +57,15 @@ def prepare(workdir: epath.PathLike) -> epath.Path:
         raise UserError(f"workdir {path} is a file, or lies under one: name a folder") from error
     except OSError as error:
         raise UserError(f"workdir {path} cannot be made ({error.strerror}): name a folder you may write to") from error
+    except ImportError as error:
+        raise _unreachable(path, error) from error
     return path
 
 
-def going_on(workdir: epath.PathLike, config: Config) -> Config:
-    """The configuration to run in a workdir: a new run's, or that of the run to go on with.
+def settle(workdir: epath.PathLike, config: Config) -> Config:
+    """The configuration to run in a workdir: a new run's own, or the one to go on with. Writes nothing.
 
-    It writes nothing: the workdir becomes the run's by `write_config`, once nothing is left that could refuse it.
-    Raises UserError if the workdir holds another run.
+    Raises UserError if the workdir holds another run, or its data have changed.
     """
     path = epath.Path(workdir)
     if not (path / "config.json").exists():
@@ -70,19 +74,71 @@ def going_on(workdir: epath.PathLike, config: Config) -> Config:
     return continued(read_config(path), config)
 
 
-def write_config(workdir: epath.PathLike, config: Config, argv: Sequence[str]) -> None:
-    """Write `config.json`, whole or not at all; process 0 does. Raises UserError if the workdir cannot be written."""
-    if jax.process_index() != 0:
-        return
+def begin(workdir: epath.PathLike, config: Config, argv: Sequence[str], first: int = 0) -> None:
+    """Record that a session goes on from step `first`, and drop the results that its steps make stale.
+
+    To be called when all that the user may have got wrong has been checked: from here on the workdir holds this run.
+    Raises UserError if it cannot be written.
+    """
     path = prepare(workdir)
+    if jax.process_index() == 0:
+        if first < config.training.steps:
+            for name in (RESULTS, TRACES):
+                (path / name).unlink(missing_ok=True)
+        write_config(path, config, argv, first)
+
+
+def write_config(workdir: epath.PathLike, config: Config, argv: Sequence[str], first: int = 0) -> None:
+    """Write `config.json`, whole or not at all, with a session that trains from step `first`.
+
+    Of the sessions before, those stay whose steps are in the run: all that began below `first`. Where nothing is left
+    to train, this is no session. Raises UserError if the workdir cannot be written or the task's data are missing.
+    """
+    path = prepare(workdir)
+    sessions = _sessions(path)
+    if first < config.training.steps or not sessions:
+        sessions = [session for session in sessions if session["first_step"] < first]
+        origin = {"commit": commit(), "versions": versions(), "argv": list(argv), "hardware": hardware()}
+        sessions.append({"first_step": first} | origin)
     record = {
         "format": FORMAT,
         "config": to_json(config),
-        "versions": versions(),
-        "commit": commit(),
-        "argv": list(argv),
+        "data": data_key(config),
+        **{name: sessions[0][name] for name in ("versions", "commit", "argv")},
+        "sessions": sessions,
     }
     write_whole(path / "config.json", json.dumps(record, indent=2) + "\n")
+
+
+def _sessions(workdir: epath.Path) -> list[dict[str, Any]]:
+    if not (workdir / "config.json").exists():
+        return []
+    record = _read_record(workdir / "config.json")
+    # Workdirs from before there were sessions say how the last one began.
+    only = {"first_step": 0} | {name: record[name] for name in ("versions", "commit", "argv") if name in record}
+    return record.get("sessions") or [only]
+
+
+def trained_by(workdir: epath.PathLike) -> dict[str, Any]:
+    """The commits that a run was trained by, as one text, and the versions and hardware of its last session."""
+    sessions = _sessions(epath.Path(workdir))
+    commits = dict.fromkeys(session["commit"] for session in sessions)
+    last = sessions[-1]
+    return {
+        "commit": ", ".join(commits),
+        "hardware": last.get("hardware") or hardware(),
+        "versions": last["versions"],
+    }
+
+
+def read_results(workdir: epath.PathLike, config: Config) -> list[dict[str, Any]] | None:
+    """The entries of `results.json`, where they are of this configuration and data; else None."""
+    try:
+        results = json.loads((epath.Path(workdir) / RESULTS).read_text())
+        same = all(entry["config"] == to_json(config) and entry["data"] == data_key(config) for entry in results)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return results if results and same else None
 
 
 def write_whole(path: epath.PathLike, text: str) -> None:
@@ -103,18 +159,28 @@ def read_config(workdir: epath.PathLike) -> Config:
 
 def read_file(path: epath.PathLike) -> Config:
     """The configuration in a `config.json`, as `read_config`."""
-    path = epath.Path(path)
+    return from_json(_read_record(epath.Path(path))["config"])
+
+
+def _read_record(path: epath.Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"no {path}: name a workdir that `python -m ponder.train` made") from error
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    except ImportError as error:
+        raise _unreachable(path, error) from error
     if not isinstance(record, dict) or "config" not in record:
         raise UserError(f"{path} has no configuration: it is not a workdir's config.json")
     if record.get("format") != FORMAT:
         raise UserError(f"{path} has format {record.get('format')}; this version of ponder reads format {FORMAT}")
-    return from_json(record["config"])
+    return record
+
+
+def _unreachable(path: epath.Path, error: ImportError) -> UserError:
+    """Of object stores whose library is not installed."""
+    return UserError(f"{path} cannot be reached ({error}): pip install 'ponder[gcs]', or name a local folder")
 
 
 def difference(old: Config, new: Config) -> list[str]:
@@ -129,11 +195,17 @@ def difference(old: Config, new: Config) -> list[str]:
 
 def check_same(workdir: epath.PathLike, config: Config) -> None:
     """Whether a run of `config` may go on in `workdir`. Raises UserError with the difference where not."""
-    stored = read_config(workdir)
+    record = _read_record(epath.Path(workdir) / "config.json")
+    stored = from_json(record["config"])
     changes = difference(_with_decay(stored), _with_decay(continued(stored, config)))
     if changes:
         raise UserError(
             f"workdir {workdir} holds another run ({'; '.join(changes)}): keep its settings or name another"
+        )
+    if record.get("data", data := data_key(config)) != data:
+        raise UserError(
+            f"workdir {workdir} was trained on other data (hash {record['data']}, now {data}): "
+            "restore the task's files or name another workdir"
         )
 
 
@@ -210,13 +282,19 @@ def hardware() -> str:
 
 
 def run_key(config: Config) -> str:
-    """Names a run by all that can change its numbers: the resolved configuration and the code."""
+    """Names a run by all that can change its numbers: the resolved configuration, the code and the files it reads."""
     files = {
         Path(module)
         for part in (config.task, config.model, config.rule)
         if (module := type(part).__module__).endswith(".py")
     }
-    text = json.dumps([settings_key(config), code_of(config), [_hash_file(file) for file in sorted(files)]])
+    parts = [settings_key(config), code_of(config), [_hash_file(file) for file in sorted(files)]]
+    try:
+        if config.task.sources():
+            parts.append(data_key(config))
+    except UserError:  # a run will say what is missing; until then its data are no other run's
+        parts.append("missing")
+    text = json.dumps(parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -224,6 +302,23 @@ def settings_key(config: Config) -> str:
     """Names a run by its configuration alone, whatever the code."""
     settings = sorted((name, value) for name, value in _flat(to_json(config)) if not _under(name, _LOOK_FIELDS))
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+
+def data_key(config: Config) -> str:
+    """Names the data of a run: the task's settings and what its source files hold, zipped or not.
+
+    Raises UserError where a file is missing or damaged.
+    """
+    status = [(path, path.stat()) for path in config.task.sources()]
+    held = [_hash_source(path, found.st_mtime_ns, found.st_size) for path, found in status]
+    text = json.dumps([to_json(config)["task"], held], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash_source(path: Path, modified: int, size: int) -> str:
+    """Remembered until the file changes: tables ask for every run's key."""
+    return hashlib.sha256(sources.read(path)).hexdigest()
 
 
 def code_of(config: Config) -> str:

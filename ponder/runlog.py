@@ -64,6 +64,6 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._console.close()
-        self._metrics.close()
+        self._metrics.__exit__(kind, *exception)

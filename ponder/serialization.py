@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Iterable
@@ -126,9 +127,9 @@ def _tag(cls: type) -> str:
     return f"{module}:{cls.__qualname__}"
 
 
-def _untag(tag: str, where: str) -> type:
-    module_name, _, name = tag.rpartition(":")
+def _untag(tag: Any, where: str) -> type:
     try:
+        module_name, _, name = tag.rpartition(":")
         if module_name.endswith(".py"):
             file = Path(module_name)
             file = file if file.exists() else _PROJECT / file
@@ -136,7 +137,7 @@ def _untag(tag: str, where: str) -> type:
         else:
             module = importlib.import_module(module_name)
         return functools.reduce(getattr, name.split("."), module)  # type: ignore[return-value]
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{where}.type is {tag!r}, which is not to be found here") from error
 
 
@@ -144,6 +145,8 @@ def load_file(file: Path) -> types.ModuleType:
     """Run a Python file as a module whose name is its full path, so that its classes can be found again.
 
     A file that has not changed since it was run gives the same module, so its classes stay the same.
+
+    Raises UserError where there is no such file or it cannot be run, with the line that fails.
     """
     file = file.resolve()
     if not file.is_file():
@@ -159,7 +162,19 @@ def load_file(file: Path) -> types.ModuleType:
     sys.modules[str(file)] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[str(file)]
-        raise
+        if isinstance(error, UserError) or not isinstance(error, Exception):
+            raise
+        line = _line_of(file, error)
+        what = error.msg if isinstance(error, SyntaxError) else error
+        raise UserError(f"{file}{f' line {line}' if line else ''}: {type(error).__name__}: {what}") from error
     return module
+
+
+def _line_of(file: Path, error: Exception) -> int | None:
+    """The line of the file that an error came through."""
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return error.lineno
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    return lines[-1] if lines else None

@@ -23,6 +23,7 @@ from etils import epath, epy
 from ponder import cli, compute, models, records
 from ponder.config import Config, Mesh, validate
 from ponder.errors import UserError
+from ponder.models import sizes
 
 with epy.lazy_imports():  # `--help` needs none of these
     import jax
@@ -82,32 +83,30 @@ def train(
             return train(config, workdir, cache_dir=cache_dir, callbacks=callbacks)
     sharding.initialize_distributed()
     validate(config)
+    sizes.check(config.model, config.task.shape)
     folder = records.prepare(workdir if workdir is not None else tempfile.mkdtemp(prefix="ponder-"))
-    models.sizes.check(config.model, config.task.shape)
     config = compute.resolve(config)
     mesh = sharding.make_mesh(config.mesh)
     with lock.locked(folder), preemption.Preemption() as leaving, jax.set_mesh(mesh):
-        config = records.going_on(folder, config)
+        config = records.settle(folder, config)
         run = program.compile_program(config, mesh)
         batches = feed.training(config, cache_dir, *sharding.process_share(mesh))
         held_out = evaluation.HeldOut(run, cache_dir, *sharding.process_share(mesh))
         with checkpoint.Checkpoints(folder, config.checkpoint.keep_last, config.checkpoint.keep_best) as saves:
             restored = saves.restore(run.abstract)
-            if restored is None:
-                state, first, seconds = run.initial_state(), 0, 0.0
-            else:
-                state, first, seconds = restored.state, restored.step, restored.feed_state["train_seconds"]
-                batches.set_state(restored.feed_state)
+            state, first = (run.initial_state(), 0) if restored is None else (restored.state, restored.step)
             if first > config.training.steps:
                 raise UserError(
                     f"{folder} has trained {first} steps already: training.steps {config.training.steps} is less"
                 )
-            records.write_config(folder, config, sys.argv)
-            reached = first
-            meter = metrics.Meter(config, seconds, last_good=saves.settled)
+            records.begin(folder, config, sys.argv, first)
+            meter = metrics.Meter(config, last_good=saves.settled)
+            if restored is not None:
+                batches.set_state(restored.feed_state)
+                meter.set_state(restored.feed_state)
+            step = first
             with runlog.RunLog(folder, run, first, callbacks) as log:
                 for step in range(first + 1, config.training.steps + 1):
-                    reached = step
                     state, measured = run.train_step(state, run.put(next(batches)))
                     meter.add(step, measured)
                     leave = leaving.reached(step)
@@ -120,14 +119,14 @@ def train(
                             rows = held_out.evaluate("validation", state, step, config.evaluation.rows)
                         log.write(rows)
                         score = evaluation.score(rows)
-                    if last or leave or step % config.checkpoint.every_steps == 0:
-                        meter.check()
+                    if last or leave or step % config.checkpoint.every_steps == 0 or saves.improves(score):
+                        place = batches.get_state() | meter.get_state()
                         with meter.paused():
-                            saves.save(step, state, batches.get_state() | {"train_seconds": meter.seconds}, score=score)
+                            saves.save(step, state, place, score=score)
                     if leave:
                         break
                 saves.wait()
-                finished = reached == config.training.steps
+                finished = step == config.training.steps
                 results = finish(run, state, held_out, meter.seconds, log, folder) if finished else []
     return Result(results, run.model(steps.evaluated(state)), str(folder), finished)
 
@@ -140,8 +139,11 @@ def finish(
     log: runlog.RunLog,
     folder: epath.Path,
 ) -> list[dict[str, Any]]:
-    """Evaluate whole splits, write results.json and traces.jsonl, and show the table."""
+    """Evaluate whole splits, write results.json and traces.jsonl, and show the table; once done, only show it."""
     config = run.config
+    if (known := records.read_results(folder, config)) is not None:
+        log.finish(known)
+        return known
     rows = []
     for split in config.evaluation.splits:
         if split in config.task.splits:
@@ -152,9 +154,8 @@ def finish(
             "seed": config.seed + i,
             "difficulty_name": config.task.difficulty_name,
             "config": records.to_json(config),
-            "commit": records.commit(),
-            "hardware": records.hardware(),
-            "versions": records.versions(),
+            "data": records.data_key(config),
+            **records.trained_by(folder),
             "parameters": sum(row.parameters for row in models.table(run.abstract_model)),
             "training_steps": config.training.steps,
             "training_flops": float(config.training.steps * compute.training_flops_per_step(config)),
@@ -165,8 +166,8 @@ def finish(
     ]
     traces = held_out.traces("validation", state, TRACES)
     if jax.process_index() == 0:
-        records.write_whole(folder / "results.json", json.dumps(results, indent=1))
-        records.write_whole(folder / "traces.jsonl", "".join(json.dumps(row) + "\n" for row in traces))
+        records.write_whole(folder / records.TRACES, "".join(json.dumps(row) + "\n" for row in traces))
+        records.write_whole(folder / records.RESULTS, json.dumps(results, indent=1))  # last: the run has ended
     log.finish(results)
     return results
 

@@ -6,13 +6,14 @@ One row is one JSON object on one line, flushed as it is written. Only process 0
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import math
+import os
+import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
@@ -23,7 +24,7 @@ from rich.table import Table
 from ponder.errors import UserError
 
 Row = Mapping[str, Any]
-REMOTE_FLUSH_SECONDS = 30.0
+FLUSH_SECONDS = 30.0
 
 
 def read_rows(path: epath.PathLike) -> list[dict[str, Any]]:
@@ -59,7 +60,8 @@ class Metrics:
     """The metrics of one run.
 
     `resume_step` is the step that training goes on from: rows of later steps are dropped, so that the file ends up
-    with the rows of an uninterrupted run. None starts a new file.
+    with the rows of an uninterrupted run (`ponder.metrics.Meter` restores what the next row is the mean of). None
+    starts a new file.
     """
 
     def __init__(
@@ -85,11 +87,14 @@ class Metrics:
         try:
             self._file = _RemoteFile(path, kept) if "://" in str(path) else _LocalFile(path, kept)
         except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}): name a workdir you may write to") from error
+            raise _unwritable(path, error) from error
         self._mirrors = [_open_mirror(mirror, workdir, resume_step, name, config or {}) for mirror in mirrors]
 
     def write(self, row: Row) -> None:
-        """Append a row, unless it is there already. It has a `kind` and a `step`; its scalars go to the mirrors."""
+        """Append a row, unless it is there already. It has a `kind` and a `step`; its scalars go to the mirrors.
+
+        Raises UserError where the file or a mirror cannot be written.
+        """
         if self._file is None:
             return
         identity = _identity(row)
@@ -103,17 +108,22 @@ class Metrics:
                 mirror.write(int(row["step"]), scalars)
 
     def close(self) -> None:
-        with contextlib.ExitStack() as stack:  # a mirror that fails does not keep the others open
+        """Write what waits. Raises UserError where that fails; all are closed even so."""
+        with contextlib.ExitStack() as all_of_them:
             for mirror in self._mirrors:
-                stack.callback(mirror.close)
+                all_of_them.callback(mirror.close)
             if self._file is not None:
-                self._file.close()
+                all_of_them.callback(self._file.close)
 
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except UserError:
+            if kind is None:  # otherwise the first failure is the one to report
+                raise
 
 
 def scalars_of(row: Row) -> dict[str, float]:
@@ -148,6 +158,13 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def _unwritable(path: epath.PathLike, error: OSError) -> UserError:
+    why = error.strerror or error
+    return UserError(
+        f"{path} cannot be written ({why}): make room or name a workdir you may write to, then start again"
+    )
+
+
 class _LocalFile:
     """Appends line by line."""
 
@@ -156,19 +173,16 @@ class _LocalFile:
         part.write_text("".join(json.dumps(row) + "\n" for row in kept))
         part.replace(path)
         self._path = path
-        self._handle = open(str(path), "a", encoding="utf-8")  # noqa: SIM115
+        # Unbuffered: a line that failed must not be written, and fail, a second time when the file is closed.
+        self._handle = open(str(path), "ab", buffering=0)  # noqa: SIM115
 
     def append(self, line: str) -> None:
+        left = (line + "\n").encode()
         try:
-            self._handle.write(line + "\n")
-            self._handle.flush()
+            while left:  # a disk that is nearly full takes a part
+                left = left[self._handle.write(left) :]
         except OSError as error:
-            # Closing flushes what is left once more, and would fail once more.
-            with contextlib.suppress(OSError):
-                self._handle.close()
-            raise UserError(
-                f"{self._path} cannot be written ({error.strerror}): make room, then start again"
-            ) from error
+            raise _unwritable(self._path, error) from error
 
     def close(self) -> None:
         self._handle.close()
@@ -184,14 +198,17 @@ class _RemoteFile:
 
     def append(self, line: str) -> None:
         self._lines.append(line)
-        if time.monotonic() - self._flushed >= REMOTE_FLUSH_SECONDS:
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self._flush()
 
     def close(self) -> None:
         self._flush()
 
     def _flush(self) -> None:
-        self._path.write_text("".join(line + "\n" for line in self._lines))
+        try:
+            self._path.write_text("".join(line + "\n" for line in self._lines))
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
         self._flushed = time.monotonic()
 
 
@@ -204,46 +221,53 @@ def _open_mirror(mirror: str, workdir: epath.PathLike, resume_step: int | None, 
 
 
 class _TensorBoard:
-    """Writes events itself, not by tensorboardX's thread: that one dies of a full disk, and then waiting for it has no
-    end."""
+    """Event files, written here and now: tensorboardX's own writer has a thread, and waits for it after it has died."""
 
     def __init__(self, workdir: epath.PathLike, resume_step: int | None) -> None:
-        from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
 
-        self._workdir, self._event, self._scalar = workdir, event_pb2.Event, summary.scalar
+        self._path = f"{workdir}/events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._flushed = time.monotonic()
         try:
-            self._writer = event_file_writer.EventsWriter(str(epath.Path(workdir) / "events"))
+            self._file = RecordWriter(self._path)
         except ImportError as error:  # its own message for gs:// and s3:// workdirs
             raise UserError(
-                f"TensorBoard cannot write to {workdir}: {error}; or leave it out: --config.logging.writers="
+                f"TensorBoard cannot write to {workdir}: {error}; or go without it: --config.logging.writers="
             ) from error
         except OSError as error:
-            raise self._failed(error) from error
-        # What an earlier session wrote of the steps to come is void, also where it was killed before its first save.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(event_pb2.Event(step=(resume_step or 0) + 1, session_log=start))
+            raise _unwritable(self._path, error) from error
+        # Hides what a session that was killed wrote after the step that this one goes on from.
+        purge = (resume_step or 0) + 1
+        self._append(Event(step=purge, file_version="brain.Event:2"))
+        self._append(Event(step=purge, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            self._add(self._event(step=step, summary=self._scalar(name, value)))
-        self._guarded(self._writer.flush)
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._append(Event(step=step, summary=Summary(value=values)))
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self._flushed = time.monotonic()
+            with self._writing():
+                self._file.flush()
 
     def close(self) -> None:
-        self._guarded(self._writer.close)
+        with self._writing():
+            self._file.close()
 
-    def _add(self, event: Any) -> None:
+    def _append(self, event: Any) -> None:
         event.wall_time = time.time()
-        self._guarded(functools.partial(self._writer.write_event, event))
+        with self._writing():
+            self._file.write(event.SerializeToString())
 
-    def _guarded(self, act: Callable[[], Any]) -> None:
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            act()
+            yield
         except OSError as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: OSError) -> UserError:
-        return UserError(f"TensorBoard cannot write to {self._workdir} ({error.strerror}): make room, then start again")
+            raise _unwritable(self._path, error) from error
 
 
 class _Wandb:

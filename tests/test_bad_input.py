@@ -57,9 +57,9 @@ def mistake(tmp_path, monkeypatch, capsys):
         (["--config.optim.lr=fast"], "a number"),
         (["--config.model.steps=0"], "at least 1"),
         (["--config.model.heads=3"], "heads"),
-        (["--config.model.heads=0", "--config.training.flops=1e9"], "heads"),
-        (["--config.training.flops=inf"], "finite"),
-        (["--config.optim.lr=nan"], "finite"),
+        (["--config.model.heads=0", "--config.training.flops=1e9"], "model.heads is 0"),
+        (["--config.training.flops=inf"], "training.flops is inf: a finite number"),
+        (["--config.optim.lr=nan"], "optim.lr is nan: a finite number"),
         (["--config.mesh.data=16"], "16 devices"),
         (["--config.mesh.data=8", "--config.training.batch-size=12"], "batch size 12"),
         (["--config.training.batch-size=100000"], "fewer than a batch"),
@@ -74,13 +74,27 @@ def test_settings(mistake, words: list[str], says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
-    [["--config.model.heads=3"], ["--config.mesh.data=8", "--config.training.batch-size=12"]],
+    "words", [["--config.model.heads=3"], ["--config.mesh.data=8", "--config.training.batch_size=12"]]
 )
-def test_a_mistake_leaves_the_workdir_free(mistake, tmp_path, monkeypatch, words: list[str]) -> None:
+def test_a_mistake_does_not_stay_in_the_workdir(mistake, tmp_path, monkeypatch, words: list[str]) -> None:
     mistake(*words)
     assert not (tmp_path / "w" / "config.json").exists()
-    monkeypatch.setattr("sys.argv", ["train", "--config=x.py", "--workdir=w"])
+    train_well(monkeypatch)
+
+
+def test_nor_do_missing_data(mistake, tmp_path, monkeypatch) -> None:
+    (tmp_path / "text.py").write_text(
+        "import tiny\nfrom ponder.tasks.text import Text\n"
+        "def get_config(path: str = 'own.txt'):\n    return tiny.config(task=Text(path=path, length=16))\n"
+    )
+    (tmp_path / "own.txt").write_text("some text of one's own; " * 400)
+    assert "missing.txt" in mistake(config="text.py:path=missing.txt")
+    train_well(monkeypatch, config="text.py")
+
+
+def train_well(monkeypatch, config: str = "x.py") -> None:
+    """In the workdir of the mistakes."""
+    monkeypatch.setattr("sys.argv", ["train", f"--config={config}", "--workdir=w"])
     with pytest.raises(SystemExit) as exit:
         cli.main(training.body, options=training.Options, doc="")
     assert exit.value.code == 0
@@ -108,10 +122,7 @@ def test_workdir_is_read_only(mistake, tmp_path) -> None:
 
 
 def test_workdir_of_another_run_and_of_another_shape(mistake, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("sys.argv", ["train", "--config=x.py", "--workdir=w"])
-    with pytest.raises(SystemExit) as exit:
-        cli.main(training.body, options=training.Options, doc="")
-    assert exit.value.code == 0
+    train_well(monkeypatch)
     before = sorted(str(path) for path in (tmp_path / "w").rglob("*"))
     assert "optim.lr: 0.003 -> 0.1" in mistake("--config.optim.lr=0.1")
     # The configuration of one run, the checkpoints of another.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -61,6 +62,27 @@ def test_released_when_the_body_raises(tmp_path: Path) -> None:
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a workdir is a folder that can be written"):
         locked(tmp_path / "nowhere").__enter__()
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(UserError, match=r"cannot lock .*lock: No space left on device"):
+            locked(tmp_path).__enter__()
+    with monkeypatch.context() as patched, locked(tmp_path):  # full at its end: the lock is free all the same
+        patched.setattr(lock, "_write", full)
+    with locked(tmp_path):
+        pass
+
+
+def test_a_full_store_is_one_line(store: epath.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_beat", full)
+    with pytest.raises(UserError, match=r"cannot lock .*lock: No space left on device"):
+        lock._beating(store).__enter__()
 
 
 @pytest.fixture

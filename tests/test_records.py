@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gzip
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import pytest
 from ponder import cli, records, serialization
 from ponder.config import Config
 from ponder.errors import UserError
+from ponder.tasks.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,6 +90,8 @@ def test_every_arm_of_every_experiment_goes_round(file: Path) -> None:
         (["task", "pair"], [1], r"^config.task.pair is \[1\], expected a list"),
         (["rule", "type"], "ponder.halting.none:None_", r"^config.rule.type is 'ponder.halting.none:None_', which"),
         (["rule", "type"], "nonsense", r"^config.rule.type is 'nonsense', which is not to be found here$"),
+        (["rule", "type"], 3, r"^config.rule.type is 3, which is not to be found here$"),
+        (["rule", "type"], ".relative:Rule", r"^config.rule.type is '.relative:Rule', which is not to be found"),
         (["optim"], 3, r"^config.optim is 3, expected Optim$"),
         (["name"], {"a": 1}, r"^config.name is a group, expected text$"),
     ],
@@ -101,6 +105,22 @@ def test_bad_json_is_one_line(config: Config, path: list[str], value: object, sa
     with pytest.raises(UserError) as caught:
         serialization.from_json(values)
     assert re.search(says, str(caught.value)), caught.value
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("x = 1\ny = = 2\n", r"x.py line 2: SyntaxError: invalid syntax$"),
+        ("\n\nimport no_such_module\n", r"x.py line 3: ModuleNotFoundError: No module named 'no_such_module'$"),
+        ("\nfrom ponder.config import Confg\n", r"x.py line 2: ImportError: cannot import name 'Confg'"),
+        ("def f():\n    return 1 / 0\n\nf()\n", r"x.py line 2: ZeroDivisionError: "),
+    ],
+)
+def test_a_broken_experiment_file_is_one_line(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "x.py").write_text(text)
+    with pytest.raises(UserError, match=says) as caught:
+        cli.Experiment.load(str(tmp_path / "x.py"))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_group_is_one_line(config: Config) -> None:
@@ -123,20 +143,13 @@ def test_the_record_says_where_the_run_came_from(config: Config, tmp_path: Path)
     assert [path.name for path in (tmp_path / "w").iterdir()] == ["config.json"]
 
 
-def begin(workdir: Path, config: Config) -> Config:
-    """As a training does."""
-    config = records.going_on(records.prepare(workdir), config)
-    records.write_config(workdir, config, [])
-    return config
-
-
 def test_bad_workdirs_are_one_line(config: Config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"is a file, or lies under one: name a folder$"):
-            begin(workdir, config)
+            records.prepare(workdir)
     with pytest.raises(UserError, match=r"cannot be made"):
-        begin(tmp_path / ("x" * 300), config)
+        records.prepare(tmp_path / ("x" * 300))
     with pytest.raises(UserError, match=r"cannot be written \(File name too long\)$"):
         records.write_whole(tmp_path / ("x" * 300), "")
     with pytest.raises(UserError, match=r"^no .*config.json: name a workdir"):
@@ -165,10 +178,83 @@ def test_difference_leaves_out_what_may_change(config: Config) -> None:
 
 
 def test_another_run_is_refused_with_the_difference(config: Config, tmp_path: Path) -> None:
-    assert begin(tmp_path, config) == config
+    assert records.settle(tmp_path, config) == config
+    assert not (tmp_path / "config.json").exists()  # what is asked for may still prove wrong
+    records.begin(tmp_path, config, [])
     with pytest.raises(UserError, match=r"holds another run \(model.d_model: 64 -> 32; seed: 0 -> 1\)"):
-        begin(tmp_path, dataclasses.replace(changed(config, model={"d_model": 32}), seed=1))
+        records.settle(tmp_path, dataclasses.replace(changed(config, model={"d_model": 32}), seed=1))
     assert records.read_config(tmp_path) == config
+
+
+def test_every_session_that_trained_is_recorded(config: Config, tmp_path: Path, monkeypatch) -> None:
+    def begin(commit: str, first: int, steps: int = 10) -> tuple[str, list[tuple[str, int]], str]:
+        monkeypatch.setattr(records, "commit", lambda: commit)
+        records.begin(tmp_path, changed(config, training={"steps": steps}), [commit], first)
+        record = json.loads((tmp_path / "config.json").read_text())
+        assert record["commit"] == record["argv"][0]
+        sessions = [(session["commit"], session["first_step"]) for session in record["sessions"]]
+        return record["commit"], sessions, records.trained_by(tmp_path)["commit"]
+
+    assert begin("a", 0) == ("a", [("a", 0)], "a")
+    assert begin("b", 0) == ("b", [("b", 0)], "b")  # the first was killed before its first save
+    assert begin("c", 5) == ("b", [("b", 0), ("c", 5)], "b, c")
+    assert begin("c", 7) == ("b", [("b", 0), ("c", 5), ("c", 7)], "b, c")
+    before = (tmp_path / "config.json").read_bytes()
+    begin("d", 10)  # nothing is left to train
+    assert (tmp_path / "config.json").read_bytes() == before
+    (tmp_path / "results.json").write_text("[]")
+    assert begin("e", 10, steps=20) == ("b", [("b", 0), ("c", 5), ("c", 7), ("e", 10)], "b, c, e")
+    assert not (tmp_path / "results.json").exists()  # they are of fewer steps
+    record = json.loads(before)
+    del record["sessions"], record["data"]  # as workdirs were before
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    records.settle(tmp_path, config)
+    assert begin("f", 5) == ("b", [("b", 0), ("f", 5)], "b, f")
+
+
+def test_object_stores_without_their_library_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    for reach in (records.prepare, records.read_config):
+        with pytest.raises(UserError, match=r"gs://b/x.* cannot be reached .*: pip install 'ponder\[gcs\]'"):
+            reach("gs://b/x")
+
+
+def of_text(config: Config, path: Path) -> Config:
+    return dataclasses.replace(config, task=Text(path=str(path), length=8))
+
+
+def test_other_data_are_refused_and_another_run(config: Config, tmp_path: Path, monkeypatch) -> None:
+    file, workdir = tmp_path / "own.txt", tmp_path / "w"
+    file.write_text("some text " * 100)
+    config = of_text(config, file)
+    key, plain = records.run_key(config), records.data_key(config)
+    records.begin(workdir, config, [])
+    assert json.loads((workdir / "config.json").read_text())["data"] == plain
+    records.settle(workdir, config)
+    file.write_text("more text " * 100)
+    assert records.run_key(config) != key
+    with pytest.raises(UserError, match=rf"was trained on other data \(hash {plain}, now [0-9a-f]{{16}}\)"):
+        records.settle(workdir, config)
+    reads: list[Path] = []
+    read = records.sources.read
+    monkeypatch.setattr(records.sources, "read", lambda path: reads.append(path) or read(path))
+    file.write_text("some text " * 100)
+    assert [records.run_key(config) for _ in range(3)] == [key] * 3 and len(reads) <= 1
+    file.unlink()
+    assert records.run_key(config) != key  # a plan can be made; its run says what is missing
+    with pytest.raises(UserError, match=r"no text at"):
+        records.data_key(config)
+
+
+def test_zipped_data_are_the_same_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
+    file = tmp_path / "own.txt"
+    file.write_text("some text " * 100)
+    monkeypatch.setattr(Text, "sources", lambda task: (file,))
+    plain = records.data_key(of_text(config, file))
+    with gzip.open(tmp_path / "own.txt.gz", "wt") as zipped:
+        zipped.write("some text " * 100)
+    monkeypatch.setattr(Text, "sources", lambda task: (tmp_path / "own.txt.gz",))
+    assert records.data_key(of_text(config, file)) == plain
 
 
 def rates(config: Config, steps: np.ndarray) -> np.ndarray:
@@ -183,10 +269,11 @@ def test_more_steps_do_not_bend_the_learning_rate(config: Config, tmp_path: Path
     first = changed(config, optim={"schedule": schedule, "warmup_steps": warmup}, training={"steps": 40})
     steps = np.arange(40)
     plain = rates(first, steps)
-    assert begin(tmp_path, first) == first
+    records.begin(tmp_path, first, [])
     for total in (80, 40, 120, 20):  # on, again as at first, further on, back
         longer = changed(first, training={"steps": total})
-        going = begin(tmp_path, longer)
+        going = records.settle(tmp_path, longer)
+        records.begin(tmp_path, going, [])
         assert cli.Experiment.load(str(tmp_path / "config.json")).config() == going  # can be named, and is valid
         assert going.training.steps == total
         np.testing.assert_array_equal(rates(going, steps), plain)
@@ -197,7 +284,7 @@ def test_more_steps_do_not_bend_the_learning_rate(config: Config, tmp_path: Path
         with pytest.raises(AssertionError):  # without the rule it would bend
             np.testing.assert_array_equal(rates(changed(first, training={"steps": 80}), steps), plain)
         with pytest.raises(UserError, match=r"optim.decay_steps: 40 -> 80"):
-            begin(tmp_path, changed(longer, optim={"decay_steps": 80}))
+            records.settle(tmp_path, changed(longer, optim={"decay_steps": 80}))
 
 
 # --- where a number came from -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import tiny
 from tiny import as_users_run  # noqa: F401
 
 import ponder
-from ponder import metrics, program
+from ponder import checkpoint, evaluation, metrics, program, records
 from ponder.errors import DivergedError, UserError
 from ponder.writers import read_rows
 
@@ -44,14 +45,61 @@ def test_a_run_leaves_rows_results_and_traces(finished) -> None:
     assert traces and all(trace["split"] == "validation" for trace in traces)
 
 
-def test_a_finished_run_is_not_trained_again(finished) -> None:
+def test_a_finished_run_is_neither_trained_nor_evaluated_nor_signed_again(finished, monkeypatch) -> None:
     result, folder, _ = finished
-    before = read_rows(folder / "w" / "metrics.jsonl")
+    written = ("metrics.jsonl", "config.json", "results.json", "traces.jsonl")
+    before = {name: (folder / "w" / name).read_bytes() for name in written}
+    monkeypatch.setattr(records, "commit", lambda: "another")
+    monkeypatch.setattr(evaluation.HeldOut, "evaluate", None)
     again = ponder.train(tiny.CONFIG, folder / "w", cache_dir=str(folder / "cache"))
-    assert again.finished and again.results[0]["evaluations"] == result.results[0]["evaluations"]
-    assert [row for row in read_rows(folder / "w" / "metrics.jsonl") if row["kind"] == "train"] == [
-        row for row in before if row["kind"] == "train"
-    ]
+    assert again.finished and again.results == json.loads(json.dumps(result.results))
+    assert {name: (folder / "w" / name).read_bytes() for name in written} == before
+
+
+def test_other_splits_of_a_finished_run_are_evaluated_and_its_commit_stays(finished, tmp_path, monkeypatch) -> None:
+    _, folder, _ = finished
+    shutil.copytree(folder / "w", tmp_path / "w")
+    before = json.loads((tmp_path / "w" / "config.json").read_text())
+    monkeypatch.setattr(records, "commit", lambda: "another")
+    other = tiny.config(evaluation__splits=("test",))
+    again = ponder.train(other, tmp_path / "w", cache_dir=str(folder / "cache"))
+    assert {row["split"] for row in again.results[0]["evaluations"]} == {"test"}
+    assert again.results[0]["commit"] == before["commit"]
+    record = json.loads((tmp_path / "w" / "config.json").read_text())
+    assert record["sessions"] == before["sessions"] and record["config"]["evaluation"]["splits"] == ["test"]
+
+
+@pytest.mark.parametrize("killed_at", [4, 8, 12])
+def test_a_row_is_the_same_whether_or_not_the_run_was_cut_within_its_steps(tmp_path, killed_at: int) -> None:
+    """Checkpoints every 3 steps, rows every 4."""
+    made = tiny.config(
+        training__steps=14, logging__every_steps=4, checkpoint__every_steps=3, evaluation__every_steps=100
+    )
+
+    def kill(row) -> None:
+        if row["step"] == killed_at:
+            raise KeyboardInterrupt
+
+    def rows(name: str) -> list[dict]:
+        clock = ("seconds", "tokens_per_second")
+        found = read_rows(tmp_path / name / "metrics.jsonl")
+        return [{name: value for name, value in row.items() if name not in clock} for row in found]
+
+    cache = str(tmp_path / "cache")
+    ponder.train(made, tmp_path / "whole", cache_dir=cache)
+    with pytest.raises(KeyboardInterrupt):
+        ponder.train(made, tmp_path / "cut", cache_dir=cache, callbacks=[kill])
+    ponder.train(made, tmp_path / "cut", cache_dir=cache)
+    assert rows("cut") == rows("whole")
+
+
+def test_the_best_step_is_kept_whatever_the_cadences(tmp_path, monkeypatch) -> None:
+    scores = {1: 0.1, 2: float("nan"), 3: 0.5, 4: 0.2, 5: 0.5, 6: 0.4}
+    monkeypatch.setattr(evaluation, "score", lambda rows: scores[rows[0]["step"]])
+    made = tiny.config(training__steps=6, evaluation__every_steps=1, checkpoint__every_steps=4, checkpoint__keep_last=1)
+    ponder.train(made, tmp_path / "w", cache_dir=str(tmp_path / "cache"))
+    saves = checkpoint.Checkpoints(tmp_path / "w")
+    assert (saves.best, saves.steps()) == (3, [3, 6])
 
 
 def test_a_longer_run_goes_on_and_equals_one_that_never_stopped(finished, tmp_path) -> None:
@@ -60,7 +108,13 @@ def test_a_longer_run_goes_on_and_equals_one_that_never_stopped(finished, tmp_pa
     whole = ponder.train(longer, tmp_path / "whole", cache_dir=str(folder / "cache"))
     stopped = ponder.train(tiny.config(optim__decay_steps=8), tmp_path / "two", cache_dir=str(folder / "cache"))
     assert stopped.finished
-    resumed = ponder.train(longer, tmp_path / "two", cache_dir=str(folder / "cache"))
+    results = tmp_path / "two" / "results.json"
+    left: list[bool] = []
+    resumed = ponder.train(
+        longer, tmp_path / "two", cache_dir=str(folder / "cache"), callbacks=[lambda row: left.append(results.exists())]
+    )
+    assert left and not any(left)  # results of fewer steps are no sign that the run has ended
+    assert json.loads(results.read_text())[0]["training_steps"] == 12
     assert whole.results[0]["evaluations"] == resumed.results[0]["evaluations"]
 
 

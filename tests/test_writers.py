@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import struct
 import subprocess
 import sys
 import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from synthetic import evaluation
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from ponder import writers
 from ponder.errors import UserError
+from ponder.lock import locked
 
 
 def rows_of_a_run(last: int = 60) -> list[dict[str, Any]]:
@@ -117,53 +120,103 @@ def test_bad_places_are_one_line(tmp_path: Path) -> None:
         writers.Metrics(tmp_path, ("tensorbord",))
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No space left"), writers.Metrics(tmp_path) as metrics:
-        metrics._file._handle.close()  # type: ignore[union-attr]
-        metrics._file._handle = open("/dev/full", "w")  # type: ignore[union-attr]  # noqa: SIM115
+@pytest.fixture
+def no_room() -> Iterator[Callable[[], None]]:
+    """Called, no file of this process grows beyond 2,000 bytes, as if the disk were full there."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_room_for_rows_is_one_line(tmp_path: Path, no_room: Callable[[], None]) -> None:
+    with (
+        pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(File too large\)"),
+        writers.Metrics(tmp_path) as metrics,
+    ):
+        no_room()
+        for row in rows_of_a_run(1000):
+            metrics.write(row)
+    assert read(tmp_path) == rows_of_a_run(1000)[: len(read(tmp_path))] != []
+
+
+@pytest.mark.timeout(60)
+def test_no_room_for_tensorboard_is_one_line(tmp_path: Path, no_room: Callable[[], None]) -> None:
+    mirror = writers._open_mirror("tensorboard", tmp_path, None, "run", {})
+    no_room()
+    with pytest.raises(UserError, match=r"events.* cannot be written \(File too large\)"):
+        for step in range(1000):
+            mirror.write(step, {"loss": 1.0})
+    with pytest.raises(UserError, match="cannot be written"):  # nor does it wait here
+        mirror.close()
+
+
+def test_a_failing_mirror_does_not_keep_the_others_open(tmp_path: Path) -> None:
+    class Broken:
+        def write(self, step: int, scalars: Mapping[str, float]) -> None:
+            raise UserError("first")
+
+        def close(self) -> None:
+            raise UserError("second")
+
+    with pytest.raises(UserError, match="first"), writers.Metrics(tmp_path, ("tensorboard",)) as metrics:
+        metrics._mirrors.append(Broken())
         metrics.write(rows_of_a_run()[0])
+    assert metrics._file is not None and metrics._file._handle.closed  # type: ignore[union-attr]
+    assert events(tmp_path)[10, "train/loss"] == pytest.approx(0.1)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_full_disk_does_not_hang_tensorboard(tmp_path: Path) -> None:
-    refused = pytest.raises(UserError, match=r"TensorBoard .*No space left")
-    with refused, writers.Metrics(tmp_path, ("tensorboard",)) as metrics:
-        records = metrics._mirrors[0]._writer._py_recordio_writer  # type: ignore[attr-defined]
-        records._writer.close()
-        records._writer = open("/dev/full", "wb")  # noqa: SIM115
-        for step in range(1, 100):
-            metrics.write(rows_of_a_run()[0] | {"step": step})
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a file system")
+@pytest.mark.parametrize("mirrors", [(), ("tensorboard",)])
+@pytest.mark.timeout(60)
+def test_a_full_disk_is_one_line(tmp_path: Path, mirrors: tuple[str, ...]) -> None:
+    """Of 64 kilobytes: rows fill it at once, or a file of another's does and TensorBoard's has no room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount")
+    try:
+        with (
+            pytest.raises(UserError, match=r"cannot be written \(No space left on device\): make room"),
+            writers.Metrics(disk, mirrors) as metrics,
+        ):
+            for row in rows_of_a_run(10_000):
+                metrics.write(row)
+        with pytest.raises(UserError, match=r"cannot lock .*: No space left on device"), locked(disk):
+            pass
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_object_stores_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows wait for the next half minute or the end."""
     path = writers.epath.Path(tmp_path / "metrics.jsonl")
-    monkeypatch.setattr(writers, "REMOTE_FLUSH_SECONDS", 1e9)
+    monkeypatch.setattr(writers, "FLUSH_SECONDS", 1e9)
     file = writers._RemoteFile(path, [{"step": 1}])
     file.append('{"step": 2}')
     assert read(tmp_path) == [{"step": 1}]
-    monkeypatch.setattr(writers, "REMOTE_FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(writers, "FLUSH_SECONDS", 0.0)
     file.append('{"step": 3}')
     assert read(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}]
-    monkeypatch.setattr(writers, "REMOTE_FLUSH_SECONDS", 1e9)
+    monkeypatch.setattr(writers, "FLUSH_SECONDS", 1e9)
     file.append('{"step": 4}')
     file.close()
     assert len(read(tmp_path)) == 4
 
 
-def events(folder: Path) -> dict[tuple[int, str], float]:
-    """What TensorBoard would show: records of length, checksum, event, checksum."""
-    found = {}
+def recorded(folder: Path) -> Iterator[Event]:
+    """TensorBoard's files: records of length, checksum, event, checksum."""
     for path in sorted(folder.glob("events.*")):
         data, at = path.read_bytes(), 0
         while at < len(data):
             (length,) = struct.unpack("<Q", data[at : at + 8])
-            event = Event.FromString(data[at + 12 : at + 12 + length])
+            yield Event.FromString(data[at + 12 : at + 12 + length])
             at += 16 + length
-            for value in event.summary.value:
-                found[event.step, value.tag] = value.simple_value
-    return found
+
+
+def events(folder: Path) -> dict[tuple[int, str], float]:
+    """What TensorBoard would show."""
+    return {(event.step, value.tag): value.simple_value for event in recorded(folder) for value in event.summary.value}
 
 
 def test_tensorboard_mirrors_scalars(tmp_path: Path) -> None:
@@ -173,6 +226,24 @@ def test_tensorboard_mirrors_scalars(tmp_path: Path) -> None:
     assert shown[30, "train/seed2/loss"] == 0.25
     assert shown[20, "validation/quantile/accuracy"] == 0.5
     assert not any("difficulty" in tag or tag.endswith(("step", "/name")) for _, tag in shown)
+
+
+def test_tensorboard_hides_what_comes_after_the_step_that_a_run_goes_on_from(tmp_path: Path) -> None:
+    """Of a run that was killed before its first save too."""
+    for resume_step, hidden_from in ((None, 1), (20, 21)):
+        folder = tmp_path / str(resume_step)
+        folder.mkdir()
+        write(folder, rows_of_a_run(), mirrors=("tensorboard",), resume_step=resume_step)
+        starts = [event.step for event in recorded(folder) if event.session_log.status == SessionLog.START]
+        assert starts == [hidden_from]
+
+
+def test_a_folder_that_tensorboard_cannot_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboardX import record_writer
+
+    monkeypatch.setattr(record_writer, "GCS_ENABLED", False)
+    with pytest.raises(UserError, match=r"google-cloud-storage.*; or go without it: --config.logging.writers=$"):
+        writers._open_mirror("tensorboard", "gs://bucket/x", None, "run", {})
 
 
 def test_wandb_is_asked_for_by_name_and_missed_by_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
