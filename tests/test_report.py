@@ -16,7 +16,7 @@ import synthetic
 
 from ponder.errors import UserError
 from ponder.report import report
-from ponder.reporting import plots, render, runs, table
+from ponder.reporting import page, render, runs, table
 
 
 class Page(html.parser.HTMLParser):
@@ -137,6 +137,14 @@ def test_the_heat_map_shows_every_byte(made: Path) -> None:
         (str(k), str(round(75 * (k - 1) / (most - 1)))) for k in {int(steps) for _, _, steps, _ in spans}
     }
     assert [kind for kind, *_ in spans[:5]] == [" class=p"] * 5 and any(kind == " class=w" for kind, *_ in spans)
+
+
+def test_a_sentence_has_a_line_of_its_own() -> None:
+    row = page._row_of_heat(
+        {"tokens": ["mary left .", "where is mary ?"], "steps": [1, 2], "correct": [True] * 2, "target": [False, True]},
+        2,
+    )
+    assert re.sub("<[^>]*>", "", row) == "mary left .\nwhere is mary ?\n"
 
 
 def test_markdown_and_latex_beside_the_page(made: Path) -> None:

@@ -6,9 +6,9 @@ id 0; the model makes one vector of them, as in the published results on bAbI (S
 2017, Dehghani et al. 2019). The answer is one id out of the vocabulary, predicted at the question; that is the only
 target. An answer of several words is one entry, as published ("football,milk", "n,w"). Short examples share a row.
 
-A story longer than a row keeps its most recent statements. With rows of 64 lanes that cuts, in the 10k files, 1.2 % of
-the examples of qa5 and 0.1 % of qa2, and in the 1k files 27 % of qa3, 1.4 % of qa5 and 0.3 % of qa2; all other stories
-are whole. `Babi.counts` says it for any setting.
+A story longer than a row keeps its most recent statements. With rows of 64 lanes that cuts 1.2 % of the
+examples of qa5 and 0.1 % of qa2 (10k files), and in the 1k files 27 % of qa3, 1.4 % of qa5 and 0.3 % of qa2. Elsewhere
+stories are whole; qa3 of the 10k files is not measured. `Babi.counts` says it for any setting.
 
 Test is the published test file. A train question that also occurs in test is dropped from train; validation and
 calibration are 5 % each of what is left, by hash of story and question as the model sees them. There is no
