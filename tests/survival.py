@@ -30,7 +30,7 @@ def get_config(steps: int = 200, data: int = 1, fsdp: int = 1) -> Config:
         training=Training(batch_size=16, steps=steps),
         evaluation=Evaluation(every_steps=100, batch_size=64, splits=("validation",)),
         checkpoint=Checkpointing(every_steps=10),
-        logging=Logging(every_steps=10, writers=()),
+        logging=Logging(every_steps=4, writers=()),
         mesh=Mesh(data, fsdp),
     )
 """
