@@ -16,7 +16,7 @@ import synthetic
 
 from ponder.errors import UserError
 from ponder.report import report
-from ponder.reporting import page, render, runs, table
+from ponder.reporting import page, plots, render, runs, table
 
 
 class Page(html.parser.HTMLParser):
