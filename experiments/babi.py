@@ -41,7 +41,7 @@ def of_arm(arm: str, seed: int, smoke: bool) -> Config:
         ),
         rule=halts.get(arm, Fixed()),
         optim=Optim(lr=2e-3, warmup_steps=100, weight_decay=0.1),
-        training=Training(batch_size=8 if smoke else 16, steps=30 if smoke else 2000),
+        training=Training(batch_size=8 if smoke else 16, steps=30 if smoke else 1000),
         evaluation=Evaluation(
             every_steps=15 if smoke else 250, rows=16 if smoke else 256, batch_size=16 if smoke else 64
         ),
