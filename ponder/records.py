@@ -26,7 +26,6 @@ import ponder
 from ponder.config import MAY_CHANGE, Config
 from ponder.errors import UserError
 from ponder.serialization import from_json, to_json
-from ponder.tasks import sources
 
 with epy.lazy_imports():
     import jax
@@ -309,16 +308,8 @@ def data_key(config: Config) -> str:
 
     Raises UserError where a file is missing or damaged.
     """
-    status = [(path, path.stat()) for path in config.task.sources()]
-    held = [_hash_source(path, found.st_mtime_ns, found.st_size) for path, found in status]
-    text = json.dumps([to_json(config)["task"], held], sort_keys=True)
+    text = json.dumps([to_json(config)["task"], config.task.contents()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@functools.lru_cache(maxsize=4096)
-def _hash_source(path: Path, modified: int, size: int) -> str:
-    """Remembered until the file changes: tables ask for every run's key."""
-    return hashlib.sha256(sources.read(path)).hexdigest()
 
 
 def code_of(config: Config) -> str:

@@ -118,13 +118,21 @@ def read_text(path: Path) -> str:
 
 def _check(path: Path, name: str) -> None:
     if name in SHA256:
-        status = path.stat()
-        if _digest(path, status.st_mtime_ns, status.st_size) != SHA256[name]:
+        if digest(path) != SHA256[name]:
             source = source_of(name)
             again = f": fetch it again from {source.url}" if source else ""
             raise UserError(f"{path} is damaged or another version (SHA-256 of its text){again}")
 
 
-@functools.lru_cache(maxsize=256)
+def digest(path: Path) -> str:
+    """SHA-256 of the file's bytes, unzipped; remembered until the file changes. Raises UserError as `read` does."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return _digest(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=4096)
 def _digest(path: Path, modified: int, size: int) -> str:
     return hashlib.sha256(read(path)).hexdigest()

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from ponder.errors import UserError
+from ponder.tasks import sources
 
 SPLITS = ("train", "validation", "calibration", "test", "extrapolation")
 FRACTIONS = {"train": 0.8, "validation": 0.05, "calibration": 0.05, "test": 0.1}
@@ -83,6 +84,10 @@ class Task:
     def sources(self) -> tuple[Path, ...]:
         """Files that the rows are read from; their contents are in the fingerprint. UserError where one is absent."""
         return ()
+
+    def contents(self) -> list[str]:
+        """SHA-256 of what each source file holds, zipped or not. UserError where one is absent or damaged."""
+        return [sources.digest(path) for path in self.sources()]
 
     def rows(self, split: str) -> Iterator[Rows]:
         """Blocks of encoded rows in a deterministic order. Raises UserError on missing or damaged source files."""
