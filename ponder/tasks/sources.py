@@ -117,11 +117,10 @@ def read_text(path: Path) -> str:
 
 
 def _check(path: Path, name: str) -> None:
-    if name in SHA256:
-        if digest(path) != SHA256[name]:
-            source = source_of(name)
-            again = f": fetch it again from {source.url}" if source else ""
-            raise UserError(f"{path} is damaged or another version (SHA-256 of its text){again}")
+    if name in SHA256 and digest(path) != SHA256[name]:
+        source = source_of(name)
+        again = f": fetch it again from {source.url}" if source else ""
+        raise UserError(f"{path} is damaged or another version (SHA-256 of its text){again}")
 
 
 def digest(path: Path) -> str:
