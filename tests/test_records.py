@@ -20,6 +20,7 @@ import pytest
 from ponder import cli, records, serialization
 from ponder.config import Config
 from ponder.errors import UserError
+from ponder.tasks import sources
 from ponder.tasks.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,8 +237,8 @@ def test_other_data_are_refused_and_another_run(config: Config, tmp_path: Path, 
     with pytest.raises(UserError, match=rf"was trained on other data \(hash {plain}, now [0-9a-f]{{16}}\)"):
         records.settle(workdir, config)
     reads: list[Path] = []
-    read = records.sources.read
-    monkeypatch.setattr(records.sources, "read", lambda path: reads.append(path) or read(path))
+    read = sources.read
+    monkeypatch.setattr(sources, "read", lambda path: reads.append(path) or read(path))
     file.write_text("some text " * 100)
     assert [records.run_key(config) for _ in range(3)] == [key] * 3 and len(reads) <= 1
     file.unlink()
