@@ -22,10 +22,11 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath, epy
 
 from ponder.checksum import checksums
@@ -359,26 +360,53 @@ def _read_record(folder: epath.Path) -> Record:
 
 
 def _read(folder: epath.Path, abstract_state: State, partial: bool = False) -> tuple[State, Record]:
-    """State and record of one step, verified. With `partial`, leaves outside `abstract_state` are left unread."""
-    record = _read_record(folder)
+    """State and record of one step, verified. With `partial`, leaves outside `abstract_state` are left unread.
+
+    All processes of a run read a whole state, and raise _Damaged where one of them finds it so; a part is read by each
+    process for itself.
+    """
+    verdict = nullcontext if partial else _one_verdict
+    with verdict():
+        record = _read_record(folder)
     wanted = {name: _placed(leaf) for name, leaf in _flatten(abstract_state).items()}
     _check_shapes(folder, record["leaves"], wanted, partial)
     args = orbax.args.PyTreeRestore(
         wanted, restore_args=orbax.checkpoint_utils.construct_restore_args(wanted), partial_restore=partial
     )
-    _hush_background_threads()
-    try:
-        with orbax.Checkpointer(orbax.CompositeCheckpointHandler()) as reader:
-            leaves = reader.restore(folder, args=orbax.args.Composite(state=args)).state
-    except (MemoryError, jax.errors.JaxRuntimeError):  # the device's trouble, not the file's
-        raise
-    except Exception as error:  # by what is broken orbax raises OSError, ValueError, KeyError, or plain Exception
-        raise _Damaged(f"its state is unreadable ({_first_line(error)})") from error
+    with verdict():
+        leaves = _read_leaves(folder, args)
     for name, checksum in zip(leaves, checksums(leaves.values()), strict=True):
         if checksum != record["leaves"][name]["checksum"]:
             raise _Damaged(f"{name} does not match its checksum")
     tree = jax.tree_util.tree_structure(abstract_state)
     return jax.tree_util.tree_unflatten(tree, [leaves[name] for name in wanted]), record
+
+
+def _read_leaves(folder: epath.Path, args: Any) -> dict[str, Any]:
+    _hush_background_threads()
+    # Orbax lets processes wait for each other at the end of a restore, for ever where one has failed alone.
+    alone = orbax.options.MultiprocessingOptions(
+        primary_host=None, active_processes={jax.process_index()}, barrier_sync_key_prefix=f"read{jax.process_index()}"
+    )
+    try:
+        with orbax.Checkpointer(orbax.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
+            return reader.restore(folder, args=orbax.args.Composite(state=args)).state
+    except (MemoryError, jax.errors.JaxRuntimeError):  # the device's trouble, not the file's
+        raise
+    except Exception as error:  # by what is broken orbax raises OSError, ValueError, KeyError, or plain Exception
+        raise _Damaged(f"its state is unreadable ({_first_line(error)})") from error
+
+
+@contextmanager
+def _one_verdict() -> Iterator[None]:
+    """Raises _Damaged on every process where one of them did inside; they would go on to different steps else."""
+    failure = None
+    try:
+        yield
+    except _Damaged as error:
+        failure = error
+    if _on_any_process(failure is not None):
+        raise failure or _Damaged("another process cannot read it")
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -428,6 +456,14 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _on_any_process(flag: bool) -> bool:
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 def _barrier(name: str) -> None:

@@ -9,10 +9,10 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ponder.errors import UserError
-from ponder.models.config import ModelConfig
+from ponder.models.config import ModelConfig, Transformer
 from ponder.protocols import Rule
 from ponder.tasks.task import SPLITS, Task
 
@@ -143,6 +143,10 @@ def validate(config: Config) -> None:
             f"evaluation.rows is {config.evaluation.rows}: at least 1, or None for all",
         ),
         (config.checkpoint.keep_last >= 1, f"checkpoint.keep_last is {config.checkpoint.keep_last}: at least 1"),
+        (
+            not (config.task.predicts_next and isinstance(model, Transformer)) or model.causal,
+            f"model.causal is False, but {type(config.task).__name__} asks each token for the next, which it would see",
+        ),
         (config.seed >= 0, f"seed is {config.seed}: at least 0"),
         (config.seeds >= 1, f"seeds is {config.seeds}: at least 1"),
         *(
@@ -156,7 +160,7 @@ def validate(config: Config) -> None:
     )
     mesh = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     for right, message in (
-        *((math.isfinite(value), f"{name} is {value}: a finite number") for name, value in _floats(config)),
+        *((False, message) for message in _impossible(config)),
         *checks,
         (
             all(size >= 1 or size == -1 for size in mesh),
@@ -172,10 +176,23 @@ def validate(config: Config) -> None:
             raise UserError(message)
 
 
-def _floats(part: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+def _impossible(config: Config) -> Iterator[str]:
+    """What is wrong with single values: numbers that are not finite, words that are not among a field's choices."""
+    for name, hint, value in _leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name} is {value}: a finite number"
+        literal = next((each for each in (hint, *get_args(hint)) if get_origin(each) is Literal), None)
+        for each in value if isinstance(value, tuple) else () if value is None else (value,):
+            if literal is not None and each not in get_args(literal):
+                yield f"{name} is {each!r}: one of {', '.join(get_args(literal))}"
+
+
+def _leaves(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name, declared type and value of every field below."""
+    types = get_type_hints(type(part))
     for each in dataclasses.fields(part):
         value = getattr(part, each.name)
         if dataclasses.is_dataclass(value):
-            yield from _floats(value, f"{prefix}{each.name}.")
-        elif isinstance(value, float):
-            yield prefix + each.name, value
+            yield from _leaves(value, f"{prefix}{each.name}.")
+        else:
+            yield prefix + each.name, types[each.name], value

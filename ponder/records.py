@@ -352,17 +352,6 @@ def _imported(file: Path) -> set[str]:
     return {name for name in names if name.split(".")[0] == "ponder"}
 
 
-@functools.cache
-def code_hash() -> str:
-    """Of the modules that can change a number, without comments, docstrings and layout."""
-    whole = hashlib.sha256()
-    for file in sorted(_PACKAGE.rglob("*.py")):
-        name = file.relative_to(_PACKAGE).as_posix()
-        if name.removesuffix(".py").split("/")[0] not in _LOOKS:
-            whole.update(f"{name} {_hash_file(file)}\n".encode())
-    return whole.hexdigest()[:16]
-
-
 def _hash_file(file: Path) -> str:
     """An experiment's arms and settings are left out: the configuration that they make is hashed itself."""
     tree = ast.parse(file.read_text())

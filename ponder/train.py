@@ -111,7 +111,7 @@ def train(
                     meter.add(step, measured)
                     leave = leaving.reached(step)
                     last = step == config.training.steps
-                    if last or step % config.logging.every_steps == 0:
+                    if step == 1 or last or step % config.logging.every_steps == 0:
                         log.write(meter.rows(run.learning_rate(step - 1)))
                     score = None
                     if last or step % config.evaluation.every_steps == 0:

@@ -65,6 +65,7 @@ def mistake(tmp_path, monkeypatch, capsys):
         (["--config.training.batch-size=100000"], "fewer than a batch"),
         (["--config.rule.prior=1.5"], "between 0 and 1"),
         (["--config.model.halting_head=False"], "halting"),
+        (["--config.model.causal=False"], "model.causal is False"),
         (["--config.model.attention=cudnn"], "NVIDIA"),
         (["--wrokdir=w"], "workdir"),
     ],

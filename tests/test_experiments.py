@@ -14,7 +14,7 @@ import tiny
 from tiny import as_users_run  # noqa: F401
 
 import ponder
-from ponder import cli, compute
+from ponder import cli, compute, writers
 from ponder.errors import UserError
 from ponder.serialization import from_json, to_json
 
@@ -64,6 +64,18 @@ def test_make_table_compares_at_equal_inference_flops_on_any_machine(cores: int,
     given = [word.removeprefix("--arms=").split(",") for word in words if word.startswith("--arms=")]
     arms = set(given[0] if given else experiment.arms)
     assert {"fixed1", "fixed2", "fixed4", "act", "pondernet"} <= arms
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_smoke_twin_as_it_is(path: Path, request, tmp_path, monkeypatch) -> None:
+    if path.stem in NEEDS_DATA:
+        monkeypatch.setenv("PONDER_DATA", str(request.getfixturevalue("data_dir")))
+    config = cli.Experiment.load(f"{path}:smoke").config()
+    [result] = ponder.train(config, tmp_path / "w").results
+    losses = [row["loss"] for row in writers.read_rows(tmp_path / "w" / "metrics.jsonl") if row["kind"] == "train"]
+    assert losses[-1] < losses[0]
+    assert {row["split"] for row in result["evaluations"]} == set(config.evaluation.splits) & set(config.task.splits)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -38,6 +39,34 @@ def start_both(runs: Runs, workdir: Path) -> list[subprocess.Popen[bytes]]:
         )
         for i in range(2)
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo over loopback, as on Linux")
+@pytest.mark.parametrize("part", ["_read_record", "_read_leaves"])
+def test_damage_that_one_process_finds_is_damage_to_all(tmp_path: Path, part: str) -> None:
+    """They would restore different steps, or wait for each other for ever."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    script = Path(__file__).with_name("restore_alone.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path / "w"), part],
+            env=os.environ
+            | {"PONDER_COORDINATOR": coordinator, "PONDER_PROCESSES": "2", "PONDER_PROCESS": str(i)}
+            | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all("came back with 1\n" in text for text in said), said
+    assert (tmp_path / "w" / "checkpoints" / "damaged" / "2").is_dir()
 
 
 def logs(runs: Runs) -> str:

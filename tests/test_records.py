@@ -357,24 +357,27 @@ def test_run_key_knows_the_code_of_an_experiments_own_classes(config: Config, tm
     assert records.run_key(config) != key
 
 
-def test_code_hash_is_of_meaning_not_of_looks(monkeypatch, tmp_path: Path) -> None:
-    def code_hash(**texts: str) -> str:
-        package = tmp_path / "ponder"
+def test_hash_of_code_is_of_meaning_not_of_looks(monkeypatch, tmp_path: Path) -> None:
+    package = tmp_path / "ponder"
+    monkeypatch.setattr(records, "_PACKAGE", package)
+
+    def code(**texts: str) -> str:
         for name, text in texts.items():
             path = package / f"{name.replace('__', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        monkeypatch.setattr(records, "_PACKAGE", package)
-        return records.code_hash.__wrapped__()
+        return records._hash_modules.__wrapped__(frozenset({"ponder.step"}))
 
-    plain = 'def f(x):\n    """Twice."""\n    return 2 * x\n'
-    first = code_hash(step=plain, report="a = 1\n", models__layers="b = 1\n")
-    assert code_hash(step='"""New."""\n# why\ndef f(x):\n\n    return (2*x)\n') == first
-    assert code_hash(step=plain, report="a = 2\n", writers="c = 3\n") == first
-    assert code_hash(step=plain.replace("2 *", "3 *")) != first
-    assert code_hash(step=plain, models__layers="b = 2\n") != first
-    assert code_hash(step=plain, models__layers="b = 1\n") == first
-    assert code_hash(new="d = 1\n") != first
+    plain = 'from ponder.models import layers\n\ndef f(x):\n    """Twice."""\n    return 2 * x\n'
+    first = code(step=plain, report="a = 1\n", models__layers="b = 1\n", models__other="d = 1\n")
+    looks = 'from ponder.models import layers\n"""New."""\n# why\ndef f(x):\n\n    return (2*x)\n'
+    assert code(step=looks) == first
+    assert code(step=plain, report="a = 2\n", writers="c = 3\n") == first
+    assert code(models__other="d = 2\n") == first  # not imported
+    assert code(step=plain.replace("2 *", "3 *")) != first
+    assert code(step=plain, models__layers="b = 2\n") != first
+    assert code(models__layers="b = 1\n") == first
+    assert code(step="from ponder import report\n" + plain) != first  # the import itself
 
 
 def test_names_of_the_modules_that_only_look_are_no_misprints() -> None:

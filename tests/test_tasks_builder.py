@@ -183,7 +183,18 @@ class Broken(Parity):
         yield from blocks(whole._replace(**{self.field: array}))
 
 
-@pytest.mark.parametrize(("field", "value"), [("targets", 2), ("targets", -1), ("difficulty", 5), ("weights", 2)])
+BREACHES = [
+    ("targets", 2),
+    ("targets", -1),
+    ("difficulty", 5),
+    ("weights", 2),
+    ("positions", 4),
+    ("positions", -1),
+    ("segments", 5),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BREACHES)
 def test_a_task_that_breaks_its_word_is_told(field: str, value: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"Broken.rows\('train'\): {field} must lie in"):
         load(Broken(n=4, field=field, value=value), "train", tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -31,7 +32,7 @@ def test_a_run_leaves_rows_results_and_traces(finished) -> None:
     result, folder, seen = finished
     rows = read_rows(folder / "w" / "metrics.jsonl")
     assert seen == rows
-    assert [row["step"] for row in rows if row["kind"] == "train"] == [2, 4, 6, 8]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 4, 6, 8]  # 1: how it halts untrained
     shown = {(row["step"], row["exit"]) for row in rows if row.get("split") == "validation"}
     assert shown == {(step, exit) for step in (4, 8) for exit in ("quantile", "bernoulli")}
     stored = json.loads((folder / "w" / "results.json").read_text())
@@ -122,6 +123,21 @@ def test_another_experiment_in_the_workdir_is_refused(finished) -> None:
     _, folder, _ = finished
     with pytest.raises(UserError, match=r"optim\.lr: 0\.003 -> 0\.1"):
         ponder.train(tiny.config(optim__lr=0.1), folder / "w", cache_dir=str(folder / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("optim__schedule", "cosin", "optim.schedule is 'cosin': one of constant, cosine, linear"),
+        ("logging__writers", ("tensorbord",), "logging.writers is 'tensorbord': one of tensorboard, wandb"),
+        ("rule__exit", "quantil", "rule.exit is 'quantil': one of quantile, bernoulli"),
+        ("model__causal", False, "model.causal is False, but Addition asks each token for the next"),
+    ],
+)
+def test_a_library_user_is_told_as_a_user_of_the_command_line_is(tmp_path, field: str, value, says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        ponder.train(tiny.config(**{field: value}), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
 
 
 def test_load_needs_the_workdir_alone_and_gives_the_trained_model(finished) -> None:

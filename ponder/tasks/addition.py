@@ -29,6 +29,7 @@ class Addition(Task):
     """Difficulty is the number of digits of the longer operand. Extrapolation has operands of one digit more."""
 
     difficulty_name: ClassVar[str] = "digits"
+    predicts_next: ClassVar[bool] = True
 
     digits: int = 3
     reversed_digits: bool = True

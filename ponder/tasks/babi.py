@@ -10,9 +10,9 @@ A story longer than a row keeps its most recent statements. With rows of 64 lane
 examples of qa5 and 0.1 % of qa2 (10k files), and in the 1k files 27 % of qa3, 1.4 % of qa5 and 0.3 % of qa2. Elsewhere
 stories are whole; qa3 of the 10k files is not measured. `Babi.counts` says it for any setting.
 
-Test is the published test file. A train question that also occurs in test is dropped from train; validation and
-calibration are 5 % each of what is left, by hash of story and question as the model sees them. There is no
-extrapolation split.
+Test is the published test file, or its even stories where the data folder has only those. A train question that also
+occurs in test is dropped from train; validation and calibration are 5 % each of what is left, by hash of story and
+question as the model sees them. There is no extrapolation split.
 """
 
 from __future__ import annotations

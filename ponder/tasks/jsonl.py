@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,8 @@ class Question(NamedTuple):
 @dataclass(frozen=True)
 class Jsonl(Task):
     """Rows of a JSONL file (or .gz)."""
+
+    predicts_next: ClassVar[bool] = True
 
     path: str = ""
     """The file, as it stands or inside the data folder (PONDER_DATA)."""

@@ -57,6 +57,8 @@ class Task:
     """The headline metric: exact match of the whole answer, or bits per byte."""
     stream: ClassVar[bool] = False
     """Rows are consecutive pieces of one text, so a training row may start anywhere in it (see `data.feed.Feed`)."""
+    predicts_next: ClassVar[bool] = False
+    """A lane's target is the next lane's input, so a model that looks ahead reads its answers off (refused)."""
 
     @property
     def shape(self) -> Shape:

@@ -34,6 +34,7 @@ class Text(Task):
     difficulty_name: ClassVar[str] = "surprisal (bits)"
     unit: ClassVar[Literal["accuracy", "bits"]] = "bits"
     stream: ClassVar[bool] = True
+    predicts_next: ClassVar[bool] = True
 
     path: str = "text/tinyshakespeare.txt.gz"
     """A file or folder, as it stands or inside the data folder (PONDER_DATA)."""

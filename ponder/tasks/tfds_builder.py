@@ -58,7 +58,8 @@ class PonderTask(tfds.core.GeneratorBasedBuilder):
 def dtypes(shape: Shape) -> Rows:
     """Of the stored arrays: the smallest that hold every value."""
     token = np.int16 if max(shape.vocabulary, shape.classes) <= 2**15 else np.int32
-    return Rows(token, token, np.uint8, np.int16, np.int16, np.int16)  # type: ignore[arg-type]
+    lane = np.int16 if shape.length <= 2**15 else np.int32
+    return Rows(token, token, np.uint8, np.int16, lane, lane)  # type: ignore[arg-type]
 
 
 def words(shape: Shape) -> tuple[int, ...]:
@@ -78,6 +79,8 @@ def check(block: Rows, task: Task, split: str) -> None:
     if split == "train" and block.segments.shape[1] != shape.length:
         raise ValueError(f"{where}: rows have length {block.segments.shape[1]}, the task says {shape.length}")
     limits = {"targets": shape.classes, "weights": 2, "difficulty": task.difficulties}
+    limits["positions"] = min(block.positions.shape[1], np.iinfo(dtypes(shape).positions).max + 1)
+    limits["segments"] = limits["positions"] + 1
     if shape.vocabulary:
         limits["inputs"] = shape.vocabulary
     for name, limit in limits.items():
