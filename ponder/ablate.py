@@ -145,11 +145,20 @@ def read_output(output: Path) -> list[Row]:
 def choose(members: Sequence[Member], rows: Sequence[Row], accept_old_code: bool) -> dict[Member, Row]:
     """The row of each member that is done: of this code, or else the newest of other code if those are accepted."""
     by_key = {row["key"]: row for row in rows}
-    by_settings = {row["settings"]: row for row in rows} if accept_old_code else {}
+    by_settings = {settings_of(row): row for row in rows} if accept_old_code else {}
     found = {
         member: by_key.get(member.key) or by_settings.get(records.settings_key(member.config)) for member in members
     }
     return {member: row for member, row in found.items() if row is not None}
+
+
+def settings_of(row: Row) -> str:
+    """`records.settings_key` of the run, as this code makes it: fields that are new since have their defaults."""
+    try:
+        config = serialization.from_json(row["config"])
+    except UserError:  # a field or class is gone
+        return row["settings"]
+    return records.settings_key(dataclasses.replace(config, seed=row["seed"], seeds=1))
 
 
 def to_run(experiment: cli.Experiment, options: Options, members: Sequence[Member]) -> list[Training]:

@@ -17,7 +17,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from ponder.config import Config
+import numpy as np
+
+from ponder.config import Config, Depth
 from ponder.errors import UserError
 from ponder.models.config import ModelConfig, Recurrent, Transformer
 from ponder.models.sizes import Sizes
@@ -147,8 +149,7 @@ def parts(model: ModelConfig, shape: Shape, needs: frozenset[str] = frozenset(),
     else:
         raise UserError(f"the ledger does not know {type(model).__name__}: use Transformer or Recurrent")
     see = Cost()
-    if "halt" in needs:
-        see += halting_head(model.d_model)
+    see += halting_head(model.d_model) * len(needs & {"halt", "probe", "go"})
     if "logits" in needs:
         see += bare.finish + bare.logits
     return dataclasses.replace(bare, see=see)
@@ -201,13 +202,31 @@ def training_cost(config: Config) -> Cost:
     model, shape = config.model, config.task.shape
     priced = parts(model, shape, config.rule.needs)
     readout = priced.finish + priced.logits + cross_entropy(shape.classes)
-    loop = model.steps * thinking(model, shape, config.rule)
+    depth = config.training.depth
+    steps = model.steps if depth is None else depth.backprop
+    loop = steps * thinking(model, shape, config.rule)
     if config.rule.mixes == "losses":  # one readout a step
-        loop += model.steps * readout
+        loop += steps * readout
         total = priced.begin + loop
     else:
         total = priced.begin + loop + readout
+    if depth is not None:
+        total += Cost((mean_depth(depth, config.training.steps) - depth.backprop) * priced.step.forward)
     return total + Cost(0, loop.forward) if model.remat else total
+
+
+def mean_depth(depth: Depth, training_steps: int) -> float:
+    """Expected number of steps of a batch over the training, by the definition of `ponder.engine.depth.draw`."""
+    at = (np.arange(256) + 0.5) / 256 * training_steps  # optimizer steps, evenly
+    means = 1.0 + (depth.mean - 1.0) * np.minimum(at / max(depth.curriculum_steps, 1), 1.0)
+    points, weights = np.polynomial.hermite_e.hermegauss(41)
+    log_rates = np.log(np.maximum(means - 1.0, 1e-6))[:, None] - depth.sigma**2 / 2 + depth.sigma * points
+    steps = np.arange(depth.most)  # Poisson counts that are not cut off: r = 1 + count
+    log_factorial = np.concatenate([[0.0], np.log(np.arange(1, depth.most)).cumsum()])
+    log_p = steps * log_rates[..., None] - np.exp(log_rates)[..., None] - log_factorial  # [means, points, counts]
+    p = np.exp(log_p)
+    expected = (p * np.maximum(steps + 1, depth.backprop)).sum(-1) + (1.0 - p.sum(-1)) * depth.most
+    return float((expected @ (weights / weights.sum())).mean())
 
 
 def lanes(shape: Shape, rows: Number) -> Number:
@@ -264,8 +283,12 @@ def inference_flops(
 
 def steps_for(config: Config, flops: Number) -> int:
     """Optimizer steps that spend `flops`, to the nearest. Raises UserError where that is none."""
-    each = training_flops_per_step(config)
-    steps = round(flops / each)
+    steps = config.training.steps
+    for _ in range(20):  # with a curriculum of depth, what a step costs depends on how many there are
+        known = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=max(steps, 1)))
+        each = training_flops_per_step(known)
+        if steps == (steps := round(flops / each)):
+            break
     if steps < 1:
         raise UserError(f"training.flops is {flops:.3g} and one step spends {each:.3g}: give at least that")
     return steps

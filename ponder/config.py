@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ponder.errors import UserError
 from ponder.models.config import ModelConfig, Transformer
-from ponder.protocols import Rule
+from ponder.protocols import Measure, Rule
 from ponder.tasks.task import SPLITS, Task
 
 
@@ -40,11 +40,28 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Depth:
+    """Random depth in training: r steps, one draw a batch, log-normal Poisson (Geiping et al. 2025, section 3.3)."""
+
+    mean: float = 8.0
+    sigma: float = 0.5
+    """Of the normal number whose exponential is the Poisson's rate."""
+    backprop: int = 4
+    """Steps that get a gradient, the last ones; r is never below. The steps before are cheap: no loss, no gradient."""
+    most: int = 64
+    """r is never above."""
+    curriculum_steps: int = 0
+    """Optimizer steps over which the mean grows from 1 to `mean`."""
+
+
+@dataclass(frozen=True)
 class Training:
     batch_size: int = 128
     steps: int = 1000
     flops: float | None = None
     """Total training FLOPs, spent. When given it sets `steps`, so that arms of different cost train equally long."""
+    depth: Depth | None = None
+    """Draw the number of steps of each batch. None: `model.steps`, always, which else are those of evaluation alone."""
     freeze: bool = False
     """Stop halted lanes in training too. Off: they run on, the usual relaxation; the gap is reported."""
 
@@ -57,6 +74,14 @@ class Evaluation:
     """Rows of `validation` looked at during training. None: all. The final evaluation always takes whole splits."""
     splits: tuple[str, ...] = ("validation", "test", "extrapolation")
     """Evaluated at the end of the run, where the task has them."""
+    walk: bool = True
+    """Walk all steps on these splits at the end, too: accuracy against compute of every exit, oracle and regret."""
+    depths: tuple[int, ...] = ()
+    """Fixed depths of that walk besides those of training; they may be beyond it."""
+    readouts: tuple[Measure, ...] = ()
+    """Measures that become exits of the table beside the rule's own, each at a threshold calibrated to `risk`."""
+    risk: float = 0.01
+    """Share of questions that a readout may break (Learn then Test on the calibration split, 95 %)."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +162,20 @@ def validate(config: Config) -> None:
             optim.ema_decay is None or 0 < optim.ema_decay < 1,
             f"optim.ema_decay is {optim.ema_decay}: between 0 and 1, or None",
         ),
+        *_of_depth(config),
         (config.evaluation.batch_size >= 1, f"evaluation.batch_size is {config.evaluation.batch_size}: at least 1"),
         (
             config.evaluation.rows is None or config.evaluation.rows >= 1,
             f"evaluation.rows is {config.evaluation.rows}: at least 1, or None for all",
+        ),
+        (0 < config.evaluation.risk < 1, f"evaluation.risk is {config.evaluation.risk}: between 0 and 1"),
+        (
+            all(depth >= 1 for depth in config.evaluation.depths),
+            f"evaluation.depths is {config.evaluation.depths}: at least 1 each",
+        ),
+        (
+            config.evaluation.walk or not (config.evaluation.readouts or config.evaluation.depths),
+            "evaluation.walk is False: without it there are no evaluation.readouts and evaluation.depths",
         ),
         (config.checkpoint.keep_last >= 1, f"checkpoint.keep_last is {config.checkpoint.keep_last}: at least 1"),
         (
@@ -174,6 +209,20 @@ def validate(config: Config) -> None:
     ):
         if not right:
             raise UserError(message)
+
+
+def _of_depth(config: Config) -> Iterator[tuple[bool, str]]:
+    depth = config.training.depth
+    if depth is None:
+        return
+    yield depth.mean >= 1, f"training.depth.mean is {depth.mean}: at least 1"
+    yield depth.sigma >= 0, f"training.depth.sigma is {depth.sigma}: at least 0"
+    yield depth.backprop >= 1, f"training.depth.backprop is {depth.backprop}: at least 1"
+    yield depth.most >= depth.backprop, f"training.depth.most is {depth.most}: at least backprop, {depth.backprop}"
+    yield depth.curriculum_steps >= 0, f"training.depth.curriculum_steps is {depth.curriculum_steps}: at least 0"
+    tied = not isinstance(config.model, Transformer) or config.model.tied
+    yield tied, "model.tied is False: random depth needs a core that can run any number of times"
+    yield not config.training.freeze, "training.freeze and training.depth exclude each other: all lanes run r steps"
 
 
 def _impossible(config: Config) -> Iterator[str]:

@@ -144,7 +144,7 @@ class HeldOut:
         self._place = process_index, process_count
         self._rows: dict[str, Rows] = {}  # a run is held to what it read first, should a file change under it
 
-    def _batches(self, split: str, limit: int | None) -> Iterator[Batch]:
+    def batches(self, split: str, limit: int | None) -> Iterator[Batch]:
         """This process's blocks, numpy."""
         config = self._run.config
         if split not in self._rows:
@@ -156,7 +156,7 @@ class HeldOut:
         config, params = self._run.config, evaluated(state)
         totals: dict[str, Sums] = {}
         length = 0
-        for i, batch in enumerate(self._batches(split, limit)):
+        for i, batch in enumerate(self.batches(split, limit)):
             length = batch.segments.shape[1]
             batch = self._run.put(batch, seeds=False)
             for exit, (sums, _) in self._run.evaluate_step(params, batch, i).items():
@@ -175,7 +175,7 @@ class HeldOut:
         The rows are spread evenly over the split. Lanes that need not think (`thinking_lanes`) have 0 steps.
         """
         config = self._run.config
-        batch = next(self._batches(split, config.evaluation.batch_size))
+        batch = next(self.batches(split, config.evaluation.batch_size))
         answers = self._run.evaluate_step(evaluated(state), self._run.put(batch, seeds=False), 0)
         lanes = next(unstack(answers[config.rule.exits[0]][1], config.seeds))
         steps, correct = np.asarray(lanes.steps), np.asarray(lanes.correct)

@@ -17,14 +17,29 @@ with epy.lazy_imports():
 State = Any  # pytree, leaves [*n, ...]
 Carry = Any  # pytree, leaves [*n, ...]
 Mixes = Literal["states", "losses", "neither"]
+Measure = Literal["margin", "entropy", "entropy_change", "kl", "state_change", "acceleration", "unstable"]
+"""How unsettled a prediction is, without a halting head: see `ponder.halting.measures`."""
 
 
 class Seen(NamedTuple):
     """What a rule may look at. Only the fields in `rule.needs` are computed, and priced."""
 
-    halt: Float[jax.Array, "*n"] | None = None  # logit of the trajectory's own halting head, fp32 always
+    halt: Float[jax.Array, "*n"] | None = None  # logit of the trajectory's own halting head, fp32 always ("halt"), or
+    # the same as a probe: its gradient does not reach the state ("probe")
+    go: Float[jax.Array, "*n"] | None = None  # logit of its second head, the value of going on; fp32
     logits: Float[jax.Array, "*n V"] | None = None  # coda and head at this step: the dear one
     hidden: Float[jax.Array, "*n D"] | None = None
+
+
+class Path(NamedTuple):
+    """What each step came to in training, all lanes running on. Only the heads' logits carry a gradient."""
+
+    halt: Float[jax.Array, "K *n"] | None  # as Seen.halt
+    go: Float[jax.Array, "K *n"] | None
+    loss: Float[jax.Array, "K *n"]  # nats
+    correct: Bool[jax.Array, "K *n"]  # the answer at this step is the target
+    agrees: Bool[jax.Array, "K *n"]  # it is the last step's answer
+    counts: Float[jax.Array, "*n"]  # 1 on lanes with a target, else 0
 
 
 class Halt(NamedTuple):
@@ -39,8 +54,11 @@ class Halt(NamedTuple):
 class Rule(Protocol):
     """When thinking stops: no parameters, no model, no loop. A frozen dataclass of hyper-parameters."""
 
-    needs: ClassVar[frozenset[str]]  # fields of Seen
     mixes: ClassVar[Mixes]  # what the weights average: ACT states, PonderNet losses, fixed depth neither
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it looks at: "halt", "probe", "go", "logits", "hidden" (see Seen)."""
 
     @property
     def cost_weight(self) -> float:
@@ -53,13 +71,21 @@ class Rule(Protocol):
     def exiting(self, exit: str) -> Rule:
         """The same rule, stopping by `exit`."""
 
-    def init(self, lanes: tuple[int, ...], steps: int) -> Carry:
-        """Memory of the rule before step 1, for at most `steps` steps."""
+    def init(self, lanes: tuple[int, ...], steps: int, seen: Seen) -> Carry:
+        """Memory of the rule before step 1, for at most `steps` steps. `seen`: shapes of what each will show."""
 
     def __call__(
         self, carry: Carry, seen: Seen, k: Int[jax.Array, "*n"], last: Bool[jax.Array, "*n"], key: jax.Array
     ) -> tuple[Carry, Halt]:
         """Step `k` has run and shows `seen`. Where `last`, the lane takes the remainder and stops."""
+
+
+@runtime_checkable
+class Taught(Rule, Protocol):
+    """A rule that mixes losses and whose heads are taught by what the steps came to, beside the weights' gradient."""
+
+    def lesson(self, path: Path) -> Float[jax.Array, "K *n"]:
+        """Added to the loss as its mean over steps and target lanes."""
 
 
 @runtime_checkable

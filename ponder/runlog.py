@@ -53,12 +53,14 @@ class RunLog:
     def finish(self, results: Sequence[Row]) -> None:
         """Show accuracy by difficulty, steps used and FLOPs spent, of the first seed."""
         result = results[0]
+        own = self._run.config.rule.exits
+        others = [row for row in result["evaluations"] if row["exit"] not in own and row["split"] != "validation"]
         self._console.conclude(
-            result["evaluations"],
+            [row for row in result["evaluations"] if row["exit"] in own],
             difficulty_name=self._run.config.task.difficulty_name,
             training_flops=result["training_flops"],
             seconds=result["train_seconds"],
-            notes=[f"results: {self._folder / 'results.json'}"],
+            notes=[*map(_in_a_line, others), f"results: {self._folder / 'results.json'}"],
         )
 
     def __enter__(self) -> RunLog:
@@ -67,3 +69,12 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._console.close()
         self._metrics.__exit__(kind, *exception)
+
+
+def _in_a_line(row: Row) -> str:
+    """An exit that is read off the walk."""
+    headline = (
+        f"{row['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in row else f"accuracy {row['accuracy']:.4f}"
+    )
+    flops = f"{writers.quantity(row['useful_flops'])}FLOP useful"
+    return f"{row['split']}, exit {row['exit']}: {headline}, {row['steps']:.2f} steps, {flops}"

@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from ponder.config import Config
 from ponder.data.batch import Batch
+from ponder.engine import depth
 from ponder.objectives.ponder import mean_over, ponder_loss, thinking_lanes
+from ponder.protocols import Taught
 
 Parameters = Any  # nested dict of arrays
 Metrics = dict[str, Float[Array, ""]]
@@ -52,12 +54,15 @@ def make_train_step(
     """`(state, batch, key) -> (state, metrics)`, pure.
 
     `key` is the run's key: the step's own is `fold_in(key, step)`, so a resumed run draws the same numbers. Metrics:
-    loss, task_loss (nats a target), cost (a thinking lane), steps (a target), gradient_norm (before clipping).
+    loss, task_loss and lesson, where the rule has one (nats a target), cost (a thinking lane), steps (a target),
+    gradient_norm (before clipping).
     """
     parts = config.optim.accumulate
     rule, model = config.rule, config.model
 
-    def loss(params: Parameters, batch: Batch, whole: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(
+        params: Parameters, batch: Batch, whole: Batch, key: jax.Array, before: jax.Array | None
+    ) -> tuple[jax.Array, Metrics]:
         """Share of the whole batch's loss that the part `batch` brings; the shares add up, gradients too."""
         trajectory = nnx.merge(graphdef, params)
         _, outcome = ponder_loss(
@@ -66,6 +71,8 @@ def make_train_step(
             batch,
             key,
             freeze=config.training.freeze,
+            steps=None if config.training.depth is None else config.training.depth.backprop,
+            before=before,
             unroll=model.unroll,
             remat=model.remat,
         )
@@ -74,24 +81,30 @@ def make_train_step(
         of_lanes = lanes.sum() / jnp.maximum(thinking_lanes(trajectory, whole).sum().astype(jnp.float32), 1.0)
         task_loss = mean_over(outcome.task_loss, targets) * of_targets
         cost = mean_over(outcome.cost, lanes) * of_lanes
-        total = task_loss + rule.cost_weight * cost
+        lesson = mean_over(outcome.lesson, targets) * of_targets
+        total = task_loss + lesson + rule.cost_weight * cost
         steps = mean_over(outcome.steps.astype(jnp.float32), targets) * of_targets
-        return total, {"loss": total, "task_loss": task_loss, "cost": cost, "steps": steps}
+        told = {"loss": total, "task_loss": task_loss, "cost": cost, "steps": steps}
+        return total, told | {"lesson": lesson} if isinstance(rule, Taught) else told
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
+        before = None
+        if config.training.depth is not None:
+            key, depth_key = jax.random.split(key)
+            before = depth.draw(config.training.depth, state.step, depth_key)
         gradient = jax.grad(loss, has_aux=True)
         if parts == 1:
-            gradients, metrics = gradient(state.params, batch, batch, key)
+            gradients, metrics = gradient(state.params, batch, batch, key, before)
         else:
             keys = jax.random.split(key, parts)
             shapes = jax.eval_shape(
-                gradient, state.params, jax.tree.map(lambda x: x[0], split(batch, parts)), batch, key
+                gradient, state.params, jax.tree.map(lambda x: x[0], split(batch, parts)), batch, key, before
             )
 
             def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
                 micro, micro_key = part
-                return jax.tree.map(jnp.add, total, gradient(state.params, micro, batch, micro_key)), None
+                return jax.tree.map(jnp.add, total, gradient(state.params, micro, batch, micro_key, before)), None
 
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             (gradients, metrics), _ = jax.lax.scan(add, zeros, (split(batch, parts), keys))
@@ -100,6 +113,8 @@ def make_train_step(
         average = state.average
         if average is not None:
             average = optax.incremental_update(params, average, 1.0 - (config.optim.ema_decay or 0.0))
+        if before is not None:
+            metrics["steps"] = metrics["steps"] + before.astype(jnp.float32)
         metrics |= {"gradient_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, params, moments, average), metrics
 

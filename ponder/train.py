@@ -28,7 +28,7 @@ from ponder.models import sizes
 with epy.lazy_imports():  # `--help` needs none of these
     import jax
 
-    from ponder import checkpoint, evaluation, lock, metrics, preemption, program, runlog, sharding
+    from ponder import checkpoint, evaluation, lock, metrics, preemption, program, runlog, sharding, walks
     from ponder import step as steps
     from ponder.data import feed
     from ponder.tasks import sources
@@ -149,6 +149,10 @@ def finish(
         if split in config.task.splits:
             rows += held_out.evaluate(split, state, config.training.steps, None)
     log.write(rows)
+    walked = [
+        walks.final(run, params, held_out) if config.evaluation.walk else ([], {})
+        for params in evaluation.unstack(steps.evaluated(state), config.seeds)
+    ]
     results = [
         {
             "seed": config.seed + i,
@@ -160,7 +164,8 @@ def finish(
             "training_steps": config.training.steps,
             "training_flops": float(config.training.steps * compute.training_flops_per_step(config)),
             "train_seconds": seconds,
-            "evaluations": [row for row in rows if row["seed"] == config.seed + i],
+            "evaluations": [row for row in rows if row["seed"] == config.seed + i] + walked[i][0],
+            "frontier": walked[i][1],
         }
         for i in range(config.seeds)
     ]

@@ -47,7 +47,7 @@ class Patient:
     def exiting(self, exit):
         return self
 
-    def init(self, lanes, steps):
+    def init(self, lanes, steps, seen):
         return ()
 
     def __call__(self, carry, seen, k, last, key):

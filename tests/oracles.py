@@ -31,7 +31,7 @@ def drive(rule: Rule, logits: jax.Array, key: jax.Array = KEY) -> Answer:
         carry, halt = rule(carry, Seen(halt=logit), each_k, each_k == steps, jax.random.fold_in(key, k))
         return carry, Answer(*halt)
 
-    return jax.lax.scan(body, rule.init(lanes, steps), (jnp.arange(1, steps + 1), logits))[1]
+    return jax.lax.scan(body, rule.init(lanes, steps, Seen(halt=logits[0])), (jnp.arange(1, steps + 1), logits))[1]
 
 
 driven = jax.jit(drive, static_argnums=0)

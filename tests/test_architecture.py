@@ -16,17 +16,17 @@ PACKAGE = ROOT / "ponder"
 FLOORS = (
     # what all others are written against: no jax code of ours, no data
     "config errors models.config models.sizes protocols tasks.checksums tasks.sources tasks.task",
-    "checkpoint checksum compute data.batch lock memory metrics preemption records serialization sharding statistics"
-    " writers",
+    "checkpoint checksum compute data.batch frontier lock memory metrics preemption records risk serialization"
+    " sharding statistics writers",
     "data tasks",
     "halting models",
     "engine",
     "objectives",
     "evaluation optim profiling program step",
     "recipes",
-    "runlog",
+    "runlog walks",
     "cli jobs reporting",
-    "ablate bench export report train",
+    "ablate bench evaluate export report train",
 )
 LEVELS = {name: level for level, names in enumerate(FLOORS) for name in names.split()}
 APART = ("models", "halting")  # neither imports the other

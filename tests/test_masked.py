@@ -15,7 +15,7 @@ from oracles import graves, kl, numerical_gradient, ponder_p, sigmoid, stops_act
 from oracles import truncated_geometric as geometric
 from toys import Attending, Scripted, Tanh, parameters, single
 
-from ponder.engine.masked import masked
+from ponder.engine.masked import Moment, masked
 from ponder.errors import UserError
 from ponder.halting.act import Act
 from ponder.halting.fixed import Fixed
@@ -201,8 +201,8 @@ def test_all_at_once_and_never(rule: Rule, logit: float, steps: int) -> None:
 @pytest.mark.parametrize("rule", [Act(), PonderNet(), Fixed(), PonderNet(exit="bernoulli")])
 @pytest.mark.parametrize("lanes", [(1,), (2, 1), (4,), (2, 3)])
 def test_lane_shapes_one_step_and_more(rule: Rule, lanes: tuple[int, ...]) -> None:
-    def observe(state: Any, context: Any, k: Any, halt: Halt) -> Any:
-        return {"state": state, "weight": halt.weight, "k": jnp.full(lanes, k)}
+    def observe(moment: Moment) -> Any:
+        return {"state": moment.state, "weight": moment.halt.weight, "k": jnp.full(lanes, moment.k)}
 
     for steps in (1, 3):
         script, mask = Scripted(jnp.zeros((3, *lanes))), jnp.ones(lanes, bool)
@@ -219,8 +219,8 @@ def test_a_stopped_state_does_not_move() -> None:
     depths, lanes = jnp.array([1, 3, 2, 4]), jnp.zeros(4)
     script, rule, mask = Scripted(jnp.zeros((4, 4))), Planned(depths), jnp.array([True, True, True, False])
 
-    def observe(state: Any, context: Any, k: Any, halt: Halt) -> Any:
-        return state
+    def observe(moment: Moment) -> Any:
+        return moment.state
 
     frozen = follow(script, rule, lanes, mask, freeze=True, unroll=False, observe=observe).observed
     np.testing.assert_array_equal(frozen, [[1, 1, 1, 0], [1, 2, 2, 0], [1, 3, 2, 0], [1, 3, 2, 0]])
@@ -265,8 +265,8 @@ def test_the_trajectory_gets_a_new_key_each_step() -> None:
         def step(self, state: Any, x: Any, k: Any, context: Any, running: Any, key: Any) -> Any:
             return state + jax.random.normal(key, state.shape), context
 
-    def observe(state: Any, context: Any, k: Any, halt: Any) -> Any:
-        return state
+    def observe(moment: Moment) -> Any:
+        return moment.state
 
     script, mask = Noisy(jnp.zeros((4, 8))), jnp.ones(8, bool)
     ran = follow(script, Fixed(), jnp.zeros(8), mask, freeze=False, observe=observe)

@@ -26,7 +26,7 @@ from oracles import (
 from toys import Attending, Tanh, batch_of, parameters, single
 
 from ponder.data.batch import Batch
-from ponder.engine.masked import masked
+from ponder.engine.masked import Moment, masked
 from ponder.halting.act import Act
 from ponder.halting.fixed import Fixed
 from ponder.halting.pondernet import PonderNet
@@ -254,8 +254,8 @@ def planted(combine: Any, rule: Rule = PONDERNET, batch: Batch = BATCH) -> Any:
         context = toy.context(batch.segments, batch.positions)
         state, x, context = toy.begin(toy.embed(batch.inputs), context, KEY)
 
-        def observe(state: Any, context: Any, k: Any, halt: Any) -> jax.Array:
-            return cross_entropy(toy.logits(state), batch.targets)
+        def observe(moment: Moment) -> jax.Array:
+            return cross_entropy(toy.logits(moment.state), batch.targets)
 
         mask = lane_mask(batch)
         ran = masked(toy, rule, x, state, context, KEY, mask=mask, freeze=False, observe=observe, unroll=False)

@@ -298,7 +298,7 @@ def test_pitfall_16_mass_is_kept_in_log_space() -> None:
     log_p = np.log(sigmoid(np.array(2.0))) + np.arange(3) * np.log(sigmoid(np.array(-2.0)))
     np.testing.assert_allclose(answer.weight[:3, 0], np.exp(log_p), rtol=1e-5)
     rule, at = PonderNet(), jnp.ones(1, jnp.int32)
-    carry = rule.init((1,), 300)._replace(log_remaining=jnp.array([-400.0]))
+    carry = rule.init((1,), 300, Seen())._replace(log_remaining=jnp.array([-400.0]))
     after, halt = rule(carry, Seen(halt=jnp.zeros(1)), at, at == 0, KEY)
     np.testing.assert_allclose(after.log_remaining, -400.0 + np.log(0.5), rtol=1e-6)  # exp of it is 0 in fp32
     assert halt.weight == 0 and halt.cost == 0

@@ -109,7 +109,7 @@ def test_stopped_early_takes_the_rest(n: int) -> None:
     """A lane told that step n < K is its last: mass one, and the cost is the KL of the merged distributions."""
     rule, steps = PonderNet(), 5
     logits = np.array([-0.5, 0.2, -1.0, 0.7, 0.1])
-    carry, weights, costs = rule.init((1,), steps), [], []
+    carry, weights, costs = rule.init((1,), steps, Seen()), [], []
     for k in range(1, n + 1):
         seen = Seen(halt=jnp.asarray(logits[k - 1 : k], jnp.float32))
         carry, halt = rule(carry, seen, jnp.array([k], jnp.int32), jnp.array([k == n]), jax.random.key(0))

@@ -14,6 +14,8 @@ from tiny import as_users_run  # noqa: F401
 from ponder import sharding
 from ponder.data.batch import Batch
 from ponder.halting.act import Act
+from ponder.halting.correctness import Correctness
+from ponder.halting.gate import Gate
 from ponder.program import Program, compile_program
 
 
@@ -25,7 +27,7 @@ def program(**changes) -> Program:
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch() -> None:
     """The parts hold unequal numbers of targets and of lanes: a mean of means would be off."""
     batch = jax.tree.map(jnp.asarray, tiny.batch())
-    for rule in (tiny.CONFIG.rule, Act(tau=0.1)):
+    for rule in (tiny.CONFIG.rule, Act(tau=0.1), Correctness()):
         whole, parts = program(rule=rule), program(rule=rule, optim__accumulate=4)
         counts = batch.weights.reshape(4, 4, -1).sum((0, 2))
         assert len(set(counts.tolist())) > 1
@@ -35,6 +37,21 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch() -> None:
             np.testing.assert_allclose(measured[name], measured_in_parts[name], rtol=2e-5, err_msg=name)
         for a, b in zip(jax.tree.leaves(one.optimizer), jax.tree.leaves(four.optimizer), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(a).max()) + 1e-12)
+
+
+def test_a_step_teaches_the_heads_what_the_rule_says() -> None:
+    for rule, model in (
+        (Correctness(continue_target=True), dataclasses.replace(tiny.CONFIG.model, continue_head=True)),
+        (Gate(), tiny.CONFIG.model),
+    ):
+        run = program(rule=rule, model=model, optim__warmup_steps=0)
+        state = run.initial_state()
+        before = jax.tree.map(np.asarray, state.params)
+        after, measured = run.train_step(state, jax.tree.map(jnp.asarray, tiny.batch()))
+        np.testing.assert_allclose(measured["loss"], measured["task_loss"] + measured["lesson"], rtol=1e-6)
+        for head in ("halting", "going"):
+            moved = jax.tree.map(lambda a, b: bool((a != b).all()), before.get(head, {}), after.params.get(head, {}))
+            assert all(jax.tree.leaves(moved)), head
 
 
 def test_the_average_follows_the_parameters() -> None:

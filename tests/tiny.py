@@ -22,7 +22,7 @@ CONFIG = Config(
     rule=PonderNet(prior=0.5),
     optim=Optim(lr=3e-3, warmup_steps=2),
     training=Training(batch_size=16, steps=8),
-    evaluation=Evaluation(every_steps=4, rows=6, batch_size=16),
+    evaluation=Evaluation(every_steps=4, rows=6, batch_size=16, walk=False),
     checkpoint=Checkpointing(every_steps=4),
     logging=Logging(every_steps=2, writers=()),
     mesh=Mesh(data=1),

@@ -12,9 +12,21 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from ponder.errors import UserError
-from ponder.protocols import Carry, Halt, Ran, Rule, State, Trajectory
+from ponder.protocols import Carry, Halt, Ran, Rule, Seen, State, Trajectory
 
-Observe = Callable[[State, Any, Any, Halt], Any]
+
+class Moment(NamedTuple):
+    """A step that has just run, for whoever observes it."""
+
+    state: State
+    context: Any
+    k: int | jax.Array
+    seen: Seen
+    carry: Carry  # the rule's memory after the step
+    halt: Halt
+
+
+Observe = Callable[[Moment], Any]
 
 _inside_a_step: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_a_step", default=False)
 
@@ -41,6 +53,7 @@ def masked(
     freeze: bool,
     observe: Observe | None = None,
     steps: int | None = None,
+    before: int | jax.Array = 0,
     unroll: bool = True,
     remat: bool = False,
 ) -> Ran:
@@ -53,9 +66,10 @@ def masked(
       freeze: True is the reference inference: a stopped lane's state does not move, the trajectory is told who is
         `running` so that stopped lanes keep their keys, and the lane takes the remaining mass at its stop. False is the
         training relaxation: stopped lanes run on, and a rule that mixes losses spreads its mass over all K steps.
-      observe: called as `observe(state, context, k, halt)` after each step, inside the (rematerialised) loop. What it
-        returns is stacked, so it should reduce to leaves `[*n]`; logits are too large to stack.
+      observe: called with the `Moment` after each step, inside the (rematerialised) loop. What it returns is stacked,
+        so it should reduce to leaves `[*n]`; logits are too large to stack.
       steps: K, by default `trajectory.steps`.
+      before: steps that the state has been through already; the trajectory counts on from there, the rule does not.
       unroll: write the steps out in the program (k is a Python int) or scan over them (k is a traced int32 scalar).
       remat: recompute each step in the backward pass instead of keeping its activations.
 
@@ -83,7 +97,9 @@ def masked(
         running = loop.running
         token = _inside_a_step.set(True)
         try:
-            moved, context = trajectory.step(loop.state, x, k, loop.context, running if freeze else None, step_key)
+            moved, context = trajectory.step(
+                loop.state, x, before + k, loop.context, running if freeze else None, step_key
+            )
         finally:
             _inside_a_step.reset(token)
         state = _select(running, moved, loop.state) if freeze else moved
@@ -104,7 +120,7 @@ def masked(
             )
         else:
             result = _select(stop, state, loop.result)
-        observed = None if observe is None else observe(state, context, k, halt)
+        observed = None if observe is None else observe(Moment(state, context, k, seen, carry, halt))
         after = _Loop(
             state, context, carry, running & ~stop, result, loop.cost + cost, loop.steps + running.astype(jnp.int32)
         )
@@ -113,7 +129,7 @@ def masked(
     loop = _Loop(
         state=state,
         context=context,
-        carry=rule.init(lanes, steps),
+        carry=rule.init(lanes, steps, jax.eval_shape(lambda: trajectory.see(state, context, rule.needs))),
         running=mask,
         result=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state) if mixing else state,
         cost=jnp.zeros(lanes, jnp.float32),

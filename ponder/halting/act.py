@@ -60,7 +60,7 @@ class Act:
             raise UserError(f"ACT has no exit {exit!r}: it has 'threshold'")
         return self
 
-    def init(self, lanes: tuple[int, ...], steps: int) -> Memory:
+    def init(self, lanes: tuple[int, ...], steps: int, seen: Seen) -> Memory:
         """No mass, all lanes running."""
         return Memory(total=jnp.zeros(lanes, jnp.float32), running=jnp.ones(lanes, bool))
 

@@ -37,7 +37,7 @@ class Fixed:
             raise UserError(f"fixed depth has no exit {exit!r}: it has 'last'")
         return self
 
-    def init(self, lanes: tuple[int, ...], steps: int) -> tuple[()]:
+    def init(self, lanes: tuple[int, ...], steps: int, seen: Seen) -> tuple[()]:
         """No memory."""
         return ()
 

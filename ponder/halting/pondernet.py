@@ -17,6 +17,7 @@ with epy.lazy_imports():
     import jax.numpy as jnp
 
 Exit = Literal["quantile", "bernoulli"]
+Shape = Literal["geometric", "uniform"]
 
 
 class Memory(NamedTuple):
@@ -39,6 +40,9 @@ class PonderNet:
 
     prior: float = 0.2
     """lambda_p: the prior halts at each step with this probability, so after about 1 / prior steps."""
+    shape: Shape = "geometric"
+    """Of the prior. uniform: each of the K steps alike, so that beta KL = beta (log K - H(p)), an entropy bonus, and
+    late steps are trained as much as early ones (stage one of Ouro, arXiv 2510.25741). `prior` is not used then."""
     beta: float = 0.01
     """Factor of the KL divergence in the loss."""
     quantile: float = 0.5
@@ -75,7 +79,7 @@ class PonderNet:
         if exit not in self.exits:
             raise UserError(f"PonderNet has no exit {exit!r}: it has {' and '.join(map(repr, self.exits))}")
 
-    def init(self, lanes: tuple[int, ...], steps: int) -> Memory:
+    def init(self, lanes: tuple[int, ...], steps: int, seen: Seen) -> Memory:
         """All mass remains."""
         return Memory(log_remaining=jnp.zeros(lanes, jnp.float32), steps=jnp.full(lanes, steps, jnp.int32))
 
@@ -102,6 +106,8 @@ class PonderNet:
         self, k: Int[jax.Array, "*n"], steps: Int[jax.Array, "*n"], last: Bool[jax.Array, "*n"]
     ) -> Float[jax.Array, "*n"]:
         """log prior_k, or where `last` the log of the prior's mass from k on (at k = K the two are the same)."""
+        if self.shape == "uniform":
+            return jnp.log(jnp.where(last, steps - k + 1, 1).astype(jnp.float32) / steps.astype(jnp.float32))
         log_go = math.log1p(-self.prior)
         before = (k - 1).astype(jnp.float32) * log_go
         left = (steps - k + 1).astype(jnp.float32)

@@ -20,8 +20,10 @@ class ModelConfig:
     """K, the largest number of thinking steps."""
     halting_head: bool = True
     """Whether the model has a halting head. Without one it can only run a rule that needs nothing."""
+    continue_head: bool = False
+    """Whether it has a second head for the value of going on, as HRM's Q-learning wants it."""
     halting_bias: float = 0.0
-    """Initial bias of the halting logit. Negative: long thinking at the start."""
+    """Initial bias of the heads' logits. Negative: long thinking at the start."""
     unroll: bool = True
     """Write layers and steps out in the program (faster on CPU) or scan over them (compiles faster)."""
     remat: bool = False
@@ -68,3 +70,8 @@ class Recurrent(ModelConfig):
 
     cell: Literal["rnn", "gru"] = "gru"
     d_model: int = 128
+
+
+def heads(needs: frozenset[str]) -> dict[str, bool]:
+    """The heads that a model must have for a rule that `needs` these (`Rule.needs`), as fields of its configuration."""
+    return {"halting_head": bool(needs & {"halt", "probe"}), "continue_head": "go" in needs}

@@ -19,6 +19,7 @@ from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from ponder.errors import UserError
 from ponder.models.attention import attention
 from ponder.models.context import Context
 from ponder.sharding import constrain_lanes
@@ -168,6 +169,22 @@ class HaltingHead(nnx.Module):
         normed = normalise(state.astype(jnp.float32))
         logit = jnp.sum(normed * over_last(self.weight[...], normed), axis=-1)
         return logit + jnp.broadcast_to(self.bias[...], logit.shape)
+
+
+def read_heads(
+    halting: HaltingHead | None, going: HaltingHead | None, state: Float[Array, "*n D"], needs: frozenset[str]
+) -> dict[str, Float[Array, "*n"]]:
+    """The heads' fields of `Seen`. Raises UserError where the rule reads a head that the model does not have."""
+    found = {}
+    if needs & {"halt", "probe"}:
+        if halting is None:
+            raise UserError("this rule reads the halting head: set model.halting_head=True")
+        found["halt"] = halting(jax.lax.stop_gradient(state) if "probe" in needs else state)
+    if "go" in needs:
+        if going is None:
+            raise UserError("this rule reads the value of going on: set model.continue_head=True")
+        found["go"] = going(state)
+    return found
 
 
 def stacked(make: Callable[[jax.Array], nnx.Module], count: int, key: jax.Array) -> Any:

@@ -14,7 +14,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from ponder.errors import UserError
 from ponder.models import config as configs
 from ponder.models import layers
 from ponder.protocols import Seen
@@ -41,6 +40,8 @@ class Recurrent(nnx.Module):
         self.head = layers.weight(keys[3], (size, shape.classes), ("embed", "vocab"), size)
         self.head_bias = layers.constant(0.0, (shape.classes,), ("vocab",))
         self.halting = layers.HaltingHead(size, config.halting_bias, keys[4]) if config.halting_head else None
+        going = jax.random.fold_in(keys[4], 1)
+        self.going = layers.HaltingHead(size, config.halting_bias, going) if config.continue_head else None
 
     def context(self, segments: Int[Array, "B T"], positions: Int[Array, "B T"]) -> None:
         """Examples do not look at each other."""
@@ -83,11 +84,9 @@ class Recurrent(nnx.Module):
         return constrain_lanes(candidate + update * (state - candidate)), None
 
     def see(self, state: Float[Array, "B D"], context: None, needs: frozenset[str]) -> Seen:
-        """Raises UserError where the rule needs a halting logit and the model has no halting head."""
-        if "halt" in needs and self.halting is None:
-            raise UserError("this rule reads the halting head: set model.halting_head=True")
+        """Raises UserError where the rule reads a head that the model does not have."""
         return Seen(
-            halt=self.halting(state) if "halt" in needs and self.halting is not None else None,
+            **layers.read_heads(self.halting, self.going, state, needs),
             logits=self.logits(self.finish(state, context)) if "logits" in needs else None,
             hidden=state if "hidden" in needs else None,
         )

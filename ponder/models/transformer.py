@@ -20,7 +20,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from ponder.errors import UserError
 from ponder.models import config as configs
 from ponder.models import layers
 from ponder.models.attention import visible
@@ -75,6 +74,8 @@ class Transformer(nnx.Module):
             None if config.tied_embeddings else layers.weight(keys[4], (size, shape.classes), ("embed", "vocab"), size)
         )
         self.halting = layers.HaltingHead(size, config.halting_bias, keys[5]) if config.halting_head else None
+        going = jax.random.fold_in(keys[5], 1)
+        self.going = layers.HaltingHead(size, config.halting_bias, going) if config.continue_head else None
 
     def context(self, segments: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Context:
         """Visibility and rotary angles of full sequences. `segments`: 1, 2, ... by packed example, 0 on padding."""
@@ -139,11 +140,9 @@ class Transformer(nnx.Module):
         return h, dataclasses.replace(context, shown=shown)
 
     def see(self, state: Float[Array, "B T D"], context: Context, needs: frozenset[str]) -> Seen:
-        """Raises UserError where the rule needs a halting logit and the model has no halting head."""
-        if "halt" in needs and self.halting is None:
-            raise UserError("this rule reads the halting head: set model.halting_head=True")
+        """Raises UserError where the rule reads a head that the model does not have."""
         return Seen(
-            halt=self.halting(state) if "halt" in needs and self.halting is not None else None,
+            **layers.read_heads(self.halting, self.going, state, needs),
             logits=self.logits(self.finish(state, context)) if "logits" in needs else None,
             hidden=state if "hidden" in needs else None,
         )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from ponder.data.batch import Batch
-from ponder.engine.masked import masked
+from ponder.engine import depth
+from ponder.engine.masked import Moment, masked
 from ponder.objectives.language import correct, cross_entropy
-from ponder.protocols import Ran, Rule, Trajectory
+from ponder.protocols import Path, Ran, Rule, Taught, Trajectory
 
 
 class Outcome(NamedTuple):
@@ -24,6 +25,7 @@ class Outcome(NamedTuple):
     steps: Int[jax.Array, "*n"]  # int32, executed until the stop
     correct: Bool[jax.Array, "*n"]  # of the answer read out at the stop
     p_halt: Float[jax.Array, "K *n"]  # fp32
+    lesson: Float[jax.Array, "*n"]  # fp32 nats: what the heads are taught (`protocols.Taught`), mean over steps; else 0
 
 
 def lane_mask(batch: Batch) -> Bool[jax.Array, "*n"]:
@@ -54,14 +56,15 @@ def ponder_loss(
     *,
     freeze: bool,
     steps: int | None = None,
+    before: jax.Array | None = None,
     unroll: bool = True,
     remat: bool = False,
 ) -> tuple[Float[jax.Array, ""], Outcome]:
     """Task loss and cost of thinking. Differentiate with respect to the trajectory's parameters.
 
-    loss = mean of task_loss over target lanes (by `batch.weights`) + rule.cost_weight * mean of cost over the lanes
-    that think (`thinking_lanes`). Where lanes see each other's steps the prompt thinks and pays, too, and its length
-    dilutes the price of a step on an answer. Both are means over lanes: more rows or padding change neither.
+    loss = mean of task_loss + lesson over target lanes (by `batch.weights`) + rule.cost_weight * mean of cost over the
+    lanes that think (`thinking_lanes`). Where lanes see each other's steps the prompt thinks and pays, too, and its
+    length dilutes the price of a step on an answer. Both are means over lanes: more rows or padding change neither.
 
     Where the rule mixes losses (PonderNet eq. 3), each lane's cross entropy at step k is weighted by that lane's own
     p_halt[k], and only then reduced: a loss averaged first would tell no lane when to stop. Otherwise the final state
@@ -69,20 +72,37 @@ def ponder_loss(
 
     Args:
       freeze, steps, unroll, remat: as in `ponder.engine.masked.masked`.
+      before: int32 scalar, steps to run first without gradient (`ponder.engine.depth`). None: none.
     """
     if rule.mixes != "losses":
-        ran = _run(trajectory, rule, batch, key, freeze=freeze, steps=steps, unroll=unroll, remat=remat)
+        ran = run(trajectory, rule, batch, key, freeze=freeze, steps=steps, before=before, unroll=unroll, remat=remat)
         outcome = _read_out(trajectory, ran, batch)
     else:
 
-        def observe(state, context, k, halt):
-            logits = trajectory.logits(trajectory.finish(state, context))
-            return cross_entropy(logits, batch.targets), correct(logits, batch.targets)
+        def observe(moment: Moment) -> Any:
+            logits = trajectory.logits(trajectory.finish(moment.state, moment.context))
+            answer = jnp.argmax(logits, axis=-1)
+            return cross_entropy(logits, batch.targets), answer, (moment.seen.halt, moment.seen.go)
 
-        ran = _run(
-            trajectory, rule, batch, key, freeze=freeze, steps=steps, unroll=unroll, remat=remat, observe=observe
+        ran = run(
+            trajectory,
+            rule,
+            batch,
+            key,
+            freeze=freeze,
+            steps=steps,
+            before=before,
+            unroll=unroll,
+            remat=remat,
+            observe=observe,
         )
-        losses, right = ran.observed  # [K, *n]
+        losses, answers, heads = ran.observed  # [K, *n]
+        right = answers == batch.targets[None]
+        lesson = jnp.zeros_like(ran.cost)
+        if isinstance(rule, Taught):
+            counts = (batch.weights > 0).astype(jnp.float32)
+            path = Path(heads[0], heads[1], jax.lax.stop_gradient(losses), right, answers == answers[-1:], counts)
+            lesson = rule.lesson(path).mean(axis=0)
         stop = (jnp.maximum(ran.steps, 1) - 1)[None]  # [1, *n]
         outcome = Outcome(
             task_loss=(ran.weight * losses).sum(axis=0),
@@ -92,9 +112,10 @@ def ponder_loss(
             steps=ran.steps,
             correct=jnp.take_along_axis(right, stop, axis=0)[0],
             p_halt=ran.weight,
+            lesson=lesson,
         )
-    loss = mean_over(outcome.task_loss, batch.weights) + rule.cost_weight * mean_over(outcome.cost, outcome.thinks)
-    return loss, outcome
+    loss = mean_over(outcome.task_loss + outcome.lesson, batch.weights)
+    return loss + rule.cost_weight * mean_over(outcome.cost, outcome.thinks), outcome
 
 
 def predict(
@@ -111,15 +132,30 @@ def predict(
     `task_loss` and `stop_loss` are both the cross entropy of that one answer. Their distance to `ponder_loss(...,
     freeze=False)` is what the run-on relaxation hides: against its `stop_loss` the same exit is compared.
     """
-    ran = _run(trajectory, rule, batch, key, freeze=True, steps=steps, unroll=unroll, remat=False)
+    ran = run(trajectory, rule, batch, key, freeze=True, steps=steps, unroll=unroll, remat=False)
     return _read_out(trajectory, ran, batch)
 
 
-def _run(trajectory: Trajectory, rule: Rule, batch: Batch, key: jax.Array, *, observe=None, **options) -> Ran:
+def run(
+    trajectory: Trajectory,
+    rule: Rule,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    before: jax.Array | None = None,
+    observe: Any = None,
+    **options: Any,
+) -> Ran:
+    """Embed, prelude and steps on the lanes that think; `options` as in `ponder.engine.masked.masked`."""
     begin_key, think_key = jax.random.split(key)
     context = trajectory.context(batch.segments, batch.positions)
     state, x, context = trajectory.begin(trajectory.embed(batch.inputs), context, begin_key)
     mask = thinking_lanes(trajectory, batch)
+    if before is not None:
+        think_key, before_key = jax.random.split(think_key)
+        still = jax.lax.stop_gradient(trajectory)
+        state = depth.warm_up(still, x, state, jax.lax.stop_gradient(context), before, before_key)
+        options["before"] = before
     return masked(trajectory, rule, x, state, context, think_key, mask=mask, observe=observe, **options)
 
 
@@ -134,4 +170,5 @@ def _read_out(trajectory: Trajectory, ran: Ran, batch: Batch) -> Outcome:
         steps=ran.steps,
         correct=correct(logits, batch.targets),
         p_halt=ran.weight,
+        lesson=jnp.zeros_like(loss),
     )

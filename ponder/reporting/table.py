@@ -180,8 +180,9 @@ def _line(
     rows = _evaluations(runs, split, exit)
     beyond = _evaluations(runs, "extrapolation", exit)
     values = [row[metric.field] for row in rows.values()]
+    is_fixed = runs[0].is_fixed and exit == exits(runs)[0]  # a readout of a fixed depth is none itself
     versus, why = None, "fixed depth"
-    if not runs[0].is_fixed:
+    if not is_fixed:
         versus = statistics.above_frontier(frontier, points(runs, metric, split, exit))
         why = "" if versus else "outside" if frontier.knots.keys() & rows.keys() else "no fixed depth of these seeds"
 
@@ -207,7 +208,7 @@ def _line(
         seconds=_mean(run.train_seconds for run in runs),
         parameters=runs[0].parameters,
         training_steps=runs[0].training_steps,
-        is_fixed=runs[0].is_fixed,
+        is_fixed=is_fixed,
         is_default=exit == exits(runs)[0],
     )
 

@@ -1,0 +1,184 @@
+"""One trained run, accuracy against compute: what every exit would have done, also beyond the trained depth.
+
+    python -m ponder.evaluate --workdir=runs/addition --split=test --depths=8,16,64
+
+Walks all steps on a split once and reads everything off that walk: fixed depths, readouts that need no training
+(margin, entropy, KL, change of the state, ...) over their thresholds, the rule's own head, and the oracle that stops at
+the first right step. One JSON object a line goes to `<workdir>/evaluate-<split>.jsonl`. With --risk each readout gets a
+threshold calibrated on the calibration split (Learn then Test), and what it then breaks on this split is told.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from etils import epath, epy
+from rich.console import Console
+from rich.table import Table
+
+from ponder import cli, records
+from ponder.config import Mesh
+from ponder.errors import UserError
+from ponder.halting.readout import Readout
+from ponder.protocols import Measure
+from ponder.serialization import nearest
+
+with epy.lazy_imports():  # `--help` needs none of these
+    from flax import nnx
+
+    from ponder import evaluation, frontier, program, sharding, train, walks
+    from ponder.tasks import sources
+
+Row = dict[str, Any]
+SHOWN = 4
+EXITS = ("fixed", *get_args(Measure), "head", "value", "oracle")
+
+
+@dataclass(frozen=True)
+class Options:
+    workdir: str
+    """Folder of the run."""
+    split: str = "test"
+    rule: tuple[str, ...] = ()
+    """Exits to tell of, as a,b: fixed, oracle, head, value, or a measure. Default: all."""
+    depths: tuple[int, ...] = ()
+    """Fixed depths besides those of training; the largest is where the walk ends. Default: the trained depth."""
+    risk: float | None = None
+    """Calibrate each readout to break at most this share of questions."""
+    rows: int | None = None
+    """Rows of the split. None: all."""
+    which: Literal["best", "last"] = "last"
+    """Checkpoint: of the best validation score, or the last."""
+    output: str | None = None
+    """Default: evaluate-<split>.jsonl in the workdir."""
+    data_dir: str | None = None
+    """Folder of real data. Default: $PONDER_DATA."""
+    cache_dir: str | None = None
+    """Folder of prepared data. Default: $PONDER_CACHE, or ~/.cache/ponder."""
+
+
+def body(options: Options) -> int:
+    rows = evaluate(**{name: getattr(options, name) for name in options.__dataclass_fields__ if name != "output"})
+    path = epath.Path(options.output or epath.Path(options.workdir) / f"evaluate-{options.split}.jsonl")
+    records.write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    show(rows)
+    print(f"written: {path}")
+    return 0
+
+
+def evaluate(
+    workdir: epath.PathLike,
+    *,
+    split: str = "test",
+    rule: tuple[str, ...] = (),
+    depths: tuple[int, ...] = (),
+    risk: float | None = None,
+    rows: int | None = None,
+    which: Literal["best", "last"] = "last",
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+) -> list[Row]:
+    """Rows of accuracy against compute for a trained run; arguments as in `Options`.
+
+    The last row, `{"frontier": "summary"}`, has the best fixed depth, the oracle, the regret between them, the state's
+    norm at each step, and `approximate`: whether lanes see each other's steps, so that stopped lanes would have shown
+    other keys than this walk does.
+
+    Raises:
+      UserError: no trained run, an unknown exit or split, a depth that the model has no parameters for.
+    """
+    if data_dir is not None:
+        with sources.reading_from(data_dir):
+            return evaluate(
+                workdir, split=split, rule=rule, depths=depths, risk=risk, rows=rows, which=which, cache_dir=cache_dir
+            )
+    config = replace(records.read_config(workdir), seeds=1, mesh=Mesh(data=1))
+    for name in rule:
+        if name not in EXITS:
+            raise UserError(f"there is no exit {name!r}{nearest(name, EXITS)}")
+    if split not in config.task.splits:
+        raise UserError(f"{type(config.task).__name__} has no split {split!r}{nearest(split, config.task.splits)}")
+    steps = max((config.model.steps, *depths))
+    for depth in (*depths, steps):
+        walks.check_depth(config, depth)
+    run = program.compile_program(config, sharding.make_mesh(config.mesh))
+    params = nnx.split(train.load(workdir, which), nnx.Param)[1]
+    held_out = evaluation.HeldOut(run, cache_dir)
+    recorded = walks.record(run, params, held_out, split, steps, rows)
+    found = walks.rows(recorded, depths)
+    told = [row for row in found if not rule or row["frontier"] in rule]
+    if risk is not None:
+        validation = walks.record(run, params, held_out, "validation").walked
+        calibration = walks.record(run, params, held_out, "calibration").walked
+        kept = (_at_risk(recorded, validation, calibration, name, risk) for name in get_args(Measure))
+        told += [row for row in kept if row is not None]
+    about = {"split": split, "arm": config.name, "seed": config.seed, "trained_steps": config.model.steps}
+    summary = {"frontier": "summary", **walks.summary(found, recorded)}
+    return [about | row for row in (*told, summary)]
+
+
+def _at_risk(recorded: Any, validation: Any, calibration: Any, measure: Measure, level: float) -> Row | None:
+    """The calibrated readout on this split; None where no threshold keeps the risk."""
+    threshold = walks.calibrated(validation, calibration, measure, level)
+    if threshold is None:
+        return None
+    walked = recorded.walked.upto(validation.steps)
+    stops = frontier.by_unrest(walked, measure, threshold)
+    useful, spent = replace(recorded, walked=walked).flops(stops, Readout(measure=measure, threshold=threshold))
+    return {
+        "frontier": f"{measure} at risk {level:g}",
+        "setting": threshold,
+        **frontier.outcome(walked, stops)._asdict(),
+        "useful_flops": useful,
+        "spent_flops": spent,
+        "broken": float(walks.broken(walked, stops).mean()),
+    }
+
+
+def show(rows: list[Row]) -> None:
+    """Print a table of the settings that no cheaper one of the same exit beats, at most `SHOWN` an exit."""
+    table = Table("exit", box=None, header_style="bold")
+    table.add_column("setting", justify="right")
+    for name in ("accuracy", "loss", "steps", "useful FLOPs", "rank corr.", "calibration error", "broken"):
+        table.add_column(name, justify="right")
+    for row in (row for name in dict.fromkeys(row["frontier"] for row in rows[:-1]) for row in _best(rows, name)):
+        setting = row["setting"]
+        table.add_row(
+            row["frontier"],
+            "" if setting is None else f"{setting:.4g}",
+            f"{row['accuracy']:.4f}",
+            f"{row['loss']:.4f}",
+            f"{row['steps']:.2f}",
+            f"{row['useful_flops']:.4g}",
+            "" if (rank := row.get("rank_correlation")) is None else f"{rank:.2f}",
+            f"{row['calibration_error']:.3f}" if "calibration_error" in row else "",
+            f"{row['broken']:.4f}" if "broken" in row else "",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(table)
+    summary = rows[-1]
+    console.print(
+        f"regret of the best fixed depth ({summary['best_fixed']['setting']}) to the oracle: "
+        f"{summary['regret_to_oracle']:.4f}; state norm from {summary['state_norms'][0]:.2f} at step 1 to "
+        f"{summary['state_norms'][-1]:.2f} at step {len(summary['state_norms'])}",
+        soft_wrap=True,
+    )
+    if summary["approximate"]:
+        console.print("tokens see each other's steps here: frozen inference would show them other keys", soft_wrap=True)
+
+
+def _best(rows: list[Row], name: str) -> list[Row]:
+    """Rows of one exit by rising cost, each better than all that are cheaper; thinned out evenly."""
+    best: list[Row] = []
+    for row in sorted((row for row in rows if row["frontier"] == name), key=lambda row: row["useful_flops"]):
+        if name == "fixed" or not best or row["accuracy"] > best[-1]["accuracy"]:
+            best.append(row)
+    step = max(1, -(-len(best) // SHOWN))
+    return best if name == "fixed" else best[::-1][::step][::-1]
+
+
+if __name__ == "__main__":
+    cli.main(body, options=Options, doc=__doc__, takes="options")

@@ -1,0 +1,107 @@
+"""Stop when the model believes that its answer is right: HRM's Q-learning and TRM's one logit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from etils import epy
+from jaxtyping import Bool, Float, Int
+
+from ponder.errors import UserError
+from ponder.halting.supervised import Supervised
+from ponder.protocols import Path, Seen
+
+with epy.lazy_imports():
+    import jax
+    import jax.numpy as jnp
+
+
+class Explored(NamedTuple):
+    steps: Int[jax.Array, "*n"]  # K
+    fewest: Int[jax.Array, "*n"]  # steps that the lane must take
+
+
+@dataclass(frozen=True)
+class Correctness(Supervised):
+    """The halting head is taught whether this step's answer is right, and every step's answer is trained.
+
+    TRM (Jolicoeur-Martineau 2025, arXiv 2510.04871): binary cross entropy of q_halt against "the answer is exactly
+    right", stop where sigmoid(q_halt) >= threshold. HRM (Wang et al. 2025, arXiv 2506.21734, section 2), with
+    `continue_target`: a second head q_continue is taught the larger of both values one step later (at the step before
+    the last, q_halt there), a bootstrapped Q-learning target, and a lane stops where q_halt > q_continue. HRM computes
+    that target with one more forward step; here the walk has it already.
+
+    A lane without a target teaches nothing, so that padding never counts as solved.
+    """
+
+    continue_target: bool = False
+    """HRM's second value. Needs `model.continue_head`."""
+    weight: float = 0.5
+    """Factor of the head's cross entropy in the loss."""
+    threshold: float = 0.5
+    """Stop at this believed probability of being right. Without `continue_target` only."""
+    exploration: float = 0.1
+    """Share of lanes that in training must take U{2..K} steps at least. It matters where `training.freeze` is on."""
+    exit: str = "explore"
+
+    known_exits: ClassVar[tuple[str, ...]] = ("threshold", "last", "explore")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.threshold < 1:
+            raise UserError(f"threshold of Correctness is {self.threshold}: it must lie between 0 and 1")
+        if not 0 <= self.exploration <= 1:
+            raise UserError(f"exploration of Correctness is {self.exploration}: it must lie between 0 and 1")
+        if not (self.weight >= 0 and math.isfinite(self.weight)):
+            raise UserError(f"weight of Correctness is {self.weight}: it must be finite and not negative")
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"halt", "go"} if self.continue_target else {"halt"})
+
+    @property
+    def exits(self) -> tuple[str, ...]:
+        """Without exploration, which is for training."""
+        return ("threshold", "last")
+
+    def remember(self, lanes: tuple[int, ...], steps: int, seen: Seen) -> Explored:
+        return Explored(jnp.full(lanes, steps, jnp.int32), jnp.ones(lanes, jnp.int32))
+
+    def decide(
+        self, own: Explored, seen: Seen, k: Int[jax.Array, "*n"], key: jax.Array
+    ) -> tuple[Explored, Bool[jax.Array, "*n"]]:
+        assert seen.halt is not None
+        if self.exit == "explore":
+            own = own._replace(fewest=jnp.where(k == 1, self._fewest(own.steps, key), own.fewest))
+        if self.continue_target:
+            assert seen.go is not None
+            decided = seen.halt > seen.go
+        else:
+            decided = seen.halt >= math.log(self.threshold) - math.log1p(-self.threshold)
+        return own, decided & (k >= own.fewest)
+
+    def _fewest(self, steps: Int[jax.Array, "*n"], key: jax.Array) -> Int[jax.Array, "*n"]:
+        chosen, drawn = (jax.random.uniform(k, steps.shape) for k in jax.random.split(key))
+        fewest = 2 + (drawn * (steps - 1).astype(jnp.float32)).astype(jnp.int32)  # U{2..K}
+        return jnp.where(chosen < self.exploration, jnp.minimum(fewest, steps), 1)
+
+    def lesson(self, path: Path) -> Float[jax.Array, "K *n"]:
+        """Cross entropies of both heads, where their targets are known."""
+        assert path.halt is not None
+        cost = binary_cross_entropy(path.halt, path.correct.astype(jnp.float32))
+        if self.continue_target:
+            assert path.go is not None
+            halt, go = jax.lax.stop_gradient((path.halt, path.go))
+            best = (
+                jnp.maximum(halt[1:], go[1:]).at[-1].set(halt[-1])
+            )  # what step k + 1 is worth; the last can only stop
+            later = binary_cross_entropy(path.go[:-1], jax.nn.sigmoid(best))
+            cost = cost + jnp.concatenate([later, jnp.zeros_like(cost[:1])])
+        return self.weight * cost
+
+
+def binary_cross_entropy(logit: Float[jax.Array, "*n"], target: jax.Array) -> Float[jax.Array, "*n"]:
+    """Of sigmoid(logit) against a probability, nats, finite for every finite logit."""
+    return -(target * jax.nn.log_sigmoid(logit) + (1.0 - target) * jax.nn.log_sigmoid(-logit))

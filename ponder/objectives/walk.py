@@ -1,0 +1,66 @@
+"""One walk over all steps, from which the outcome of any exit follows: nothing stops, everything is written down."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from ponder.data.batch import Batch
+from ponder.engine.masked import Moment
+from ponder.halting.witness import Witness
+from ponder.objectives.language import cross_entropy
+from ponder.objectives.ponder import run
+from ponder.protocols import Trajectory
+
+
+class Walk(NamedTuple):
+    """Leaves `[K, *n]`. Only lanes with a target mean something."""
+
+    loss: Float[jax.Array, "K *n"]  # nats
+    correct: Bool[jax.Array, "K *n"]
+    agrees: Bool[jax.Array, "K *n"]  # the answer is the last step's
+    confidence: Float[jax.Array, "K *n"]  # probability of the likeliest class
+    unrest: dict[str, Float[jax.Array, "K *n"]]  # by measure, see `ponder.halting.measures`
+    halt: Float[jax.Array, "K *n"] | None  # logits of the heads, where the walk reads them
+    go: Float[jax.Array, "K *n"] | None
+    norm: Float[jax.Array, "K *n"]  # of the state, root mean square
+
+
+def walk(
+    trajectory: Trajectory, batch: Batch, key: jax.Array, *, steps: int, heads: frozenset[str], unroll: bool
+) -> Walk:
+    """Run `steps` steps on every lane, which may be more than the model was trained for.
+
+    Where lanes see each other's steps (`trajectory.shares_steps`) a lane that really stopped would show other keys than
+    it does here; elsewhere the walk is what frozen inference does, step for step.
+    """
+
+    def observe(moment: Moment) -> tuple:
+        logits, hidden = moment.seen.logits, moment.seen.hidden
+        assert logits is not None and hidden is not None
+        return (
+            cross_entropy(logits, batch.targets),
+            jnp.argmax(logits, axis=-1),
+            jax.nn.softmax(logits).max(axis=-1),
+            moment.carry.unrest,
+            moment.seen.halt,
+            moment.seen.go,
+            jnp.sqrt(jnp.mean(jnp.square(hidden.astype(jnp.float32)), axis=-1)),
+        )
+
+    ran = run(
+        trajectory,
+        Witness(heads),
+        batch,
+        key,
+        freeze=False,
+        steps=steps,
+        unroll=unroll,
+        remat=False,
+        observe=observe,
+    )
+    loss, answer, confidence, unrest, halt, go, norm = ran.observed
+    return Walk(loss, answer == batch.targets[None], answer == answer[-1:], confidence, unrest, halt, go, norm)

@@ -1,0 +1,257 @@
+"""Walks of whole splits, and what every exit makes of them: rows of accuracy against compute."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_args
+
+import jax
+import numpy as np
+from flax import nnx
+
+from ponder import compute, frontier, risk, sharding
+from ponder.config import Config
+from ponder.data.batch import Batch
+from ponder.errors import UserError
+from ponder.evaluation import HeldOut, keys_seen
+from ponder.frontier import Point, Stops, Walked
+from ponder.halting.fixed import Fixed
+from ponder.halting.readout import Readout
+from ponder.models.config import Transformer
+from ponder.objectives.ponder import lane_mask, thinking_lanes
+from ponder.objectives.walk import walk
+from ponder.program import Program
+from ponder.protocols import Measure, Rule
+
+Row = dict[str, Any]
+HEADS = {"halt": "halt", "probe": "halt", "go": "go"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A walked split with what its lanes cost beside their steps."""
+
+    walked: Walked
+    config: Config
+    lanes: int  # all that are not padding
+    padding: int
+    keys: float  # that a lane sees, mean over lanes
+    length: int
+    shares_steps: bool  # stopped lanes would have shown other keys: then the walk is an approximation
+
+    def flops(self, stops: Stops, rule: Rule, executed: int | None = None) -> tuple[float, float]:
+        """(useful, spent) a question, where lanes stop so and `rule` looks at what it needs at every step.
+
+        `executed`: steps that the masked executor runs, by default all of the walk.
+        """
+        walked, steps = self.walked, float(stops.sum())
+        model = dataclasses.replace(self.config.model, steps=executed or walked.steps)
+        questions = len(np.unique(walked.question[walked.target]))
+        useful, spent = compute.inference_flops(
+            dataclasses.replace(self.config, rule=rule, model=model),
+            lanes=self.lanes,
+            lane_steps=steps,
+            targets=int(walked.target.sum()),
+            keys=self.keys,
+            step_keys=float((walked.keys * stops).sum()) / steps,
+            length=self.length,
+            padding=self.padding,
+        )
+        return useful / questions, spent / questions
+
+
+def record(
+    run: Program, params: Any, held_out: HeldOut, split: str, steps: int | None = None, limit: int | None = None
+) -> Recorded:
+    """Walk `steps` steps (None: as many as the model was trained for) over a split of a run of one seed.
+
+    Raises UserError where the model has no parameters for so many steps.
+    """
+    config = run.config
+    steps = config.model.steps if steps is None else steps
+    check_depth(config, steps)
+    heads = frozenset(HEADS[name] for name in config.rule.needs if name in HEADS)
+    model: Any = nnx.merge(run.graphdef, params)
+
+    def one(params: Any, batch: Batch) -> Any:
+        model = nnx.merge(run.graphdef, params)
+        # Written out, many steps take long to compile.
+        unroll = config.model.unroll and steps <= 2 * config.model.steps
+        walked = walk(model, batch, jax.random.key(config.seed), steps=steps, heads=heads, unroll=unroll)
+        return walked, thinking_lanes(model, batch), lane_mask(batch), keys_seen(config, batch), batch
+
+    # Whole on every process, the batch as well: each of them has read its share of it alone.
+    compiled = jax.jit(one, out_shardings=sharding.replicated(run.mesh))
+    parts: list[tuple[Any, Any]] = []
+    lanes, padding, keys, questions, length = 0, 0, 0.0, 0, 0
+    for batch in held_out.batches(split, limit):
+        walked, thinks, real, seen, batch = jax.tree.map(np.asarray, compiled(params, run.put(batch, seeds=False)))
+        target = (batch.weights > 0)[thinks]
+        length = batch.segments.shape[1]
+        rows = np.arange(len(batch.segments)) + questions
+        question = rows if batch.targets.ndim == 1 else rows[:, None] * (length + 1) + batch.segments
+        questions += len(rows)
+        chosen = jax.tree.map(lambda leaf, thinks=thinks: leaf[:, thinks], walked._asdict())
+        own = {"target": target, "difficulty": batch.difficulty[thinks], "question": question[thinks]}
+        parts.append((chosen, own | {"keys": seen[thinks]}))
+        lanes, padding = lanes + int(real.sum()), padding + int((~real).sum())
+        keys += float((seen * real).sum())
+    by_step: dict[str, Any] = jax.tree.map(
+        lambda *leaves: np.concatenate(leaves, axis=1), *(chosen for chosen, _ in parts)
+    )
+    by_lane: dict[str, Any] = {name: np.concatenate([own[name] for _, own in parts]) for name in parts[0][1]}
+    by_lane["question"] = np.unique(by_lane["question"], return_inverse=True)[1]
+    return Recorded(
+        Walked(**by_step, **by_lane), config, lanes, padding, keys / max(lanes, 1), length, bool(model.shares_steps)
+    )
+
+
+def check_depth(config: Config, steps: int) -> None:
+    """Raises UserError where a model cannot run so many steps."""
+    if steps < 1:
+        raise UserError(f"{steps} thinking steps: at least 1 is needed")
+    if isinstance(config.model, Transformer) and not config.model.tied and steps > config.model.steps:
+        raise UserError(
+            f"model.tied is False: each of its {config.model.steps} steps has parameters of its own, "
+            f"and there are none for step {steps}"
+        )
+
+
+def rows(recorded: Recorded, depths: tuple[int, ...] = (), points: int = 17) -> list[Row]:
+    """Every exit on one walk: fixed depths, all readouts over their thresholds, the rule's own head, the oracle.
+
+    Thresholds are quantiles of what was measured, so that they spread the stops; they choose nothing. `frontier` is
+    the name of the exit; FLOPs are those of a rule that looks at what this exit needs.
+    """
+    walked, trained = recorded.walked, recorded.config.model.steps
+    found = []
+
+    def add(exit: str, setting: float | int | None, stops: Stops, rule: Rule) -> None:
+        point: Point = frontier.outcome(walked, stops)
+        useful, spent = recorded.flops(stops, rule, int(stops.max()) if exit == "fixed" else None)
+        target = walked.target
+        found.append(
+            {"frontier": exit, "setting": setting, **point._asdict(), "useful_flops": useful, "spent_flops": spent}
+            | {
+                "rank_correlation": frontier.rank_correlation(stops[target], walked.difficulty[target]),
+                "calibration_error": frontier.calibration_error(
+                    walked.at(walked.confidence, stops)[target], walked.at(walked.correct, stops)[target]
+                ),
+            }
+        )
+
+    for steps in sorted({*range(1, min(trained, walked.steps) + 1), *depths, walked.steps}):
+        add("fixed", steps, frontier.fixed(walked, steps), Fixed())
+    for measure in get_args(Measure):
+        settings = frontier.thresholds(walked.unrest[measure][:trained][:, walked.target], points)
+        for threshold in settings:
+            rule = Readout(measure=measure, threshold=float(threshold))
+            add(measure, float(threshold), frontier.by_unrest(walked, measure, threshold), rule)
+    own = recorded.config.rule
+    if walked.halt is not None and own.mixes != "states":
+        for quantile in np.linspace(0.05, 0.95, points):
+            add("head", float(quantile), frontier.by_quantile(walked, float(quantile)), own)
+    if walked.go is not None:
+        add("value", None, frontier.by_value(walked), own)
+    add("oracle", None, frontier.oracle(walked), Fixed())
+    return found
+
+
+def summary(found: list[Row], recorded: Recorded) -> Row:
+    """Of the rows of one walk: regret of the best exits to oracle and to the best fixed depth, norms by step."""
+    fixed = [row for row in found if row["frontier"] == "fixed"]
+    best = max(fixed, key=lambda row: (row["accuracy"], -row["steps"]))
+    oracle = next(row for row in found if row["frontier"] == "oracle")
+    target = recorded.walked.target
+    return {
+        "best_fixed": best,
+        "oracle": oracle,
+        "regret_to_oracle": oracle["accuracy"] - best["accuracy"],
+        "state_norms": [float(norm) for norm in recorded.walked.norm[:, target].mean(axis=1)],
+        "approximate": recorded.shares_steps,
+    }
+
+
+def final(run: Program, params: Any, held_out: HeldOut) -> tuple[list[Row], Row]:
+    """The walks at the end of a run of one seed, as `config.evaluation` asks.
+
+    Returns:
+      Evaluation rows of the calibrated readouts and of the oracle, in the form of `ponder.evaluation.summarise`; and
+      the frontier of the headline split: `{"split", "rows", **summary}`.
+    """
+    config = run.config
+    asked = config.evaluation
+    splits = [split for split in asked.splits if split in config.task.splits]
+    headline = next((split for split in ("test", "validation") if split in splits), None)
+    if headline is None:
+        return [], {}
+    depth = max((config.model.steps, *asked.depths))
+    found, curve = [], {}
+    exits: list[tuple[Measure, float | None]] = []
+    if asked.readouts:
+        validation, calibration = (record(run, params, held_out, each).walked for each in ("validation", "calibration"))
+        for measure in asked.readouts:
+            exits.append((measure, calibrated(validation, calibration, measure, asked.risk)))
+    for split in splits:
+        recorded = record(run, params, held_out, split, depth if split == headline else None)
+        if split == headline:
+            points = rows(recorded, asked.depths)
+            curve = {"split": split, "rows": points, **summary(points, recorded)}
+            recorded = dataclasses.replace(recorded, walked=recorded.walked.upto(config.model.steps))
+        walked = recorded.walked
+        for measure, threshold in exits:
+            rule = Readout(measure=measure)
+            # Where no threshold keeps the risk, nothing stops early, but the looking is paid.
+            stops = (
+                frontier.fixed(walked, walked.steps)
+                if threshold is None
+                else frontier.by_unrest(walked, measure, threshold)
+            )
+            found.append(_evaluation(recorded, split, measure, stops, rule) | {"threshold": threshold})
+        found.append(_evaluation(recorded, split, "oracle", frontier.oracle(walked), Fixed()))
+    return found, curve
+
+
+def _evaluation(recorded: Recorded, split: str, exit: str, stops: Stops, rule: Rule) -> Row:
+    walked, point = recorded.walked, frontier.outcome(recorded.walked, stops)
+    useful, spent = recorded.flops(stops, rule)
+    row: Row = {
+        "kind": "evaluation",
+        "split": split,
+        "exit": exit,
+        "examples": len(np.unique(walked.question[walked.target])),
+        "targets": int(walked.target.sum()),
+        "accuracy": point.accuracy,
+        "token_accuracy": point.lane_accuracy,
+        "loss": point.loss,
+        "run_on_loss": point.loss,
+        "expected_loss": point.loss,
+        "steps": point.steps,
+        "useful_flops": useful,
+        "spent_flops": spent,
+        "by_difficulty": frontier.by_difficulty(walked, stops),
+    }
+    if recorded.config.task.unit == "bits":
+        row["accuracy"] = point.lane_accuracy
+        row["bits_per_byte"] = point.loss / float(np.log(2))
+    return row
+
+
+def broken(walked: Walked, stops: Stops) -> np.ndarray:
+    """[questions] 1.0 where stopping early breaks an answer that the walk's last step gives right, else 0.0."""
+    whole = frontier.questions_right(walked, frontier.fixed(walked, walked.steps))
+    return (whole & ~frontier.questions_right(walked, stops)).astype(np.float64)
+
+
+def calibrated(
+    validation: Walked, calibration: Walked, measure: str, level: float, error: float = 0.05
+) -> float | None:
+    """The boldest threshold of a measure that breaks at most `level` of the questions, with probability 1 - `error`.
+
+    Candidates are quantiles of the measure on `validation`, from careful to bold; the promise and its assumptions are
+    those of `ponder.risk.learn_then_test` on `calibration`. None where not even the most careful one keeps it.
+    """
+    candidates = frontier.thresholds(validation.unrest[measure][:, validation.target], 33)
+    risks = [broken(calibration, frontier.by_unrest(calibration, measure, float(each))) for each in candidates]
+    chosen = risk.learn_then_test(risks, level, error)
+    return None if chosen is None else float(candidates[chosen])

@@ -1,0 +1,78 @@
+"""`python -m ponder.evaluate`: one trained workdir, rows of accuracy against compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from tiny import as_users_run  # noqa: F401
+
+import ponder
+from ponder import cli
+from ponder import evaluate as main
+from ponder.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    config = tiny.config(model=dataclasses.replace(tiny.CONFIG.model, kv="first"), training__steps=20)
+    ponder.train(config, folder / "w", cache_dir=str(folder / "cache"))
+    return folder
+
+
+def run(folder: Path, monkeypatch: Any, *words: str) -> int:
+    monkeypatch.setattr(
+        "sys.argv", ["evaluate", f"--workdir={folder / 'w'}", f"--cache_dir={folder / 'cache'}", *words]
+    )
+    with pytest.raises(SystemExit) as exit:
+        cli.main(main.body, options=main.Options, doc=main.__doc__, takes="options")
+    return int(exit.value.code or 0)
+
+
+def test_rows_table_and_file(workdir: Path, monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
+    output = tmp_path / "rows.jsonl"
+    words = ("--split=test", "--depths=4,8", "--risk=0.3", f"--output={output}")
+    assert run(workdir, monkeypatch, *words) == 0
+    shown = capsys.readouterr().out
+    assert "regret of the best fixed depth" in shown and "margin" in shown
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["setting"] for row in rows if row["frontier"] == "fixed"] == [1, 2, 4, 8]
+    assert {row["split"] for row in rows} == {"test"} and {row["trained_steps"] for row in rows} == {2}
+    assert rows[-1]["frontier"] == "summary" and len(rows[-1]["state_norms"]) == 8
+    at_risk = [row for row in rows if "at risk 0.3" in row["frontier"]]
+    assert at_risk and all(0 <= row["broken"] <= 1 for row in at_risk)
+    assert {"head", "oracle", "kl"} <= {row["frontier"] for row in rows}
+
+
+def test_chosen_exits_and_the_usual_place(workdir: Path, monkeypatch: Any) -> None:
+    assert run(workdir, monkeypatch, "--split=validation", "--rule=fixed,oracle", "--rows=16") == 0
+    lines = (workdir / "w" / "evaluate-validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["frontier"] for line in lines] == ["fixed", "fixed", "oracle", "summary"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--rule=margn"], "there is no exit 'margn'; nearest: margin"),
+        (["--split=tset"], "Addition has no split 'tset'; nearest: test"),
+        (["--depths=0"], "0 thinking steps"),
+        (["--risk=1.5"], "the risk level is 1.5"),
+        (["--workdir=nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(workdir: Path, monkeypatch: Any, capsys: Any, words: list[str], says: str) -> None:
+    assert run(workdir, monkeypatch, *words) == 2
+    said = capsys.readouterr().err.strip()
+    assert says in said and "\n" not in said
+
+
+def test_as_a_library(workdir: Path) -> None:
+    rows = main.evaluate(workdir / "w", rule=("fixed",), rows=8, cache_dir=str(workdir / "cache"))
+    assert rows[0]["frontier"] == "fixed" and rows[0]["steps"] == 1.0
+    with pytest.raises(UserError):
+        main.evaluate(workdir, cache_dir=str(workdir / "cache"))

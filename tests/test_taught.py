@@ -1,0 +1,213 @@
+"""Rules whose steps are all trained: shares, lessons, decisions and exploration against NumPy in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import drive, driven, numerical_gradient, sigmoid
+from toys import Attending, batch_of, parameters, single
+
+from ponder.errors import UserError
+from ponder.halting.classifier import Classifier
+from ponder.halting.correctness import Correctness
+from ponder.halting.gate import Gate
+from ponder.halting.pondernet import PonderNet
+from ponder.halting.supervised import Supervised
+from ponder.objectives.ponder import ponder_loss, predict
+from ponder.protocols import Path, Rule, Seen, Taught
+
+KEY = jax.random.key(0)
+K, LANES = 4, 3
+DRAW = np.random.default_rng(0)
+LOGITS, GO = DRAW.normal(size=(2, K, LANES)) * 2
+LOSS = DRAW.gamma(1.0, size=(K, LANES))
+CORRECT = DRAW.random((K, LANES)) < 0.5
+AGREES = np.concatenate([DRAW.random((K - 1, LANES)) < 0.5, np.ones((1, LANES), bool)])
+TAUGHT = [Correctness(), Correctness(continue_target=True), Classifier(), Gate(slope=3.0, margin=0.1)]
+
+
+def cross_entropy(logit: np.ndarray, target: np.ndarray) -> np.ndarray:
+    p = sigmoid(np.asarray(logit, np.float64))
+    return -(target * np.log(p) + (1 - target) * np.log(1 - p))
+
+
+def path(halt: Any = LOGITS, go: Any = GO, counts: Any = (1, 1, 1)) -> Path:
+    return Path(
+        jnp.asarray(halt, jnp.float32),
+        jnp.asarray(go, jnp.float32),
+        jnp.asarray(LOSS, jnp.float32),
+        jnp.asarray(CORRECT),
+        jnp.asarray(AGREES),
+        jnp.asarray(counts, jnp.float32),
+    )
+
+
+def lesson(rule: Any, halt: np.ndarray = LOGITS, go: np.ndarray = GO, counts: Any = (1, 1, 1)) -> float:
+    """The term of the loss in float64: mean over steps and target lanes."""
+    counts = np.asarray(counts, np.float64)
+    if isinstance(rule, Correctness):
+        cost = cross_entropy(halt, CORRECT)
+        if rule.continue_target:
+            for k in range(K - 1):
+                worth = LOGITS[k + 1] if k + 1 == K - 1 else np.maximum(LOGITS[k + 1], GO[k + 1])
+                cost[k] += cross_entropy(go[k], sigmoid(worth))
+        return rule.weight * float((cost * counts).sum() / K / counts.sum())
+    if isinstance(rule, Gate):
+        onwards = sigmoid(rule.slope * (LOSS[:-1] - LOSS[1:] - rule.margin))
+        return rule.weight * float((cross_entropy(-halt[:-1], onwards) * counts).sum() / K / counts.sum())
+    cost, kinds = cross_entropy(halt[:-1], AGREES[:-1]), (AGREES[:-1], ~AGREES[:-1])
+    return rule.weight * float(np.mean([(cost * kind * counts).sum() / (kind * counts).sum() for kind in kinds]))
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1), (1, 0, 1)])
+@pytest.mark.parametrize("rule", TAUGHT, ids=lambda rule: type(rule).__name__)
+def test_lesson_and_its_gradient(rule: Any, counts: tuple[int, ...]) -> None:
+    def term(halt: jax.Array, go: jax.Array) -> jax.Array:
+        each = rule.lesson(path(halt, go, counts)).mean(axis=0)
+        return (each * jnp.asarray(counts, jnp.float32)).sum() / sum(counts)
+
+    value, (by_halt, by_go) = jax.value_and_grad(term, (0, 1))(
+        jnp.asarray(LOGITS, jnp.float32), jnp.asarray(GO, jnp.float32)
+    )
+    assert isinstance(rule, Taught)
+    np.testing.assert_allclose(value, lesson(rule, counts=counts), rtol=2e-6)
+    # Targets are bootstrapped from LOGITS and GO, which the oracle holds fixed: they carry no gradient.
+    numerical = numerical_gradient(lambda halt: lesson(rule, halt=halt, counts=counts), LOGITS)
+    np.testing.assert_allclose(by_halt, numerical, atol=2e-6)
+    if isinstance(rule, Correctness):
+        numerical = numerical_gradient(lambda go: lesson(rule, go=go, counts=counts), GO)
+        np.testing.assert_allclose(by_go, numerical, atol=2e-6)
+        assert rule.continue_target == bool(np.abs(by_go).any())
+
+
+def test_pitfall_20_a_row_without_target_does_not_count_as_solved() -> None:
+    def by_halt(counts: Any) -> np.ndarray:
+        def term(halt: jax.Array) -> jax.Array:
+            return (Correctness().lesson(path(halt)).mean(axis=0) * jnp.asarray(counts)).sum()
+
+        return np.asarray(jax.grad(term)(jnp.asarray(LOGITS, jnp.float32)))
+
+    assert not by_halt([1.0, 0.0, 1.0])[:, 1].any() and by_halt([1.0, 1.0, 1.0])[:, 1].any()
+
+
+@pytest.mark.parametrize("emphasis, shares", [("even", [0.25] * 4), ("late", [0.1, 0.2, 0.3, 0.4])])
+def test_shares_and_their_rest(emphasis: Any, shares: list[float]) -> None:
+    rule = Supervised(emphasis=emphasis)
+    answer = driven(rule, jnp.zeros((4, 2)))
+    np.testing.assert_allclose(answer.weight, np.repeat(np.array(shares)[:, None], 2, 1), rtol=1e-6)
+    carry = rule.init((1,), 4, Seen())
+    _, halt = rule(carry, Seen(), jnp.array([3]), jnp.array([True]), KEY)  # stopped at step 3
+    np.testing.assert_allclose(halt.weight, sum(shares[2:]), rtol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.sampled_from(["even", "late"]))
+def test_mass_is_one_for_any_number_of_steps(steps: int, emphasis: Any) -> None:
+    np.testing.assert_allclose(drive(Supervised(emphasis=emphasis), jnp.zeros((steps, 1))).weight.sum(), 1, atol=1e-5)
+
+
+def stops(rule: Rule, halt: np.ndarray, go: np.ndarray | None = None) -> np.ndarray:
+    """First step at which the rule stops each lane."""
+    steps, lanes = halt.shape
+    seen = Seen(halt=jnp.asarray(halt[0], jnp.float32))
+    carry, found = rule.init((lanes,), steps, seen), np.zeros(lanes, int)
+    for k in range(1, steps + 1):
+        each = jnp.full(lanes, k)
+        seen = Seen(jnp.asarray(halt[k - 1], jnp.float32), None if go is None else jnp.asarray(go[k - 1], jnp.float32))
+        carry, answer = rule(carry, seen, each, each == steps, jax.random.fold_in(KEY, k))
+        found = np.where((found == 0) & np.asarray(answer.stop), k, found)
+    return found
+
+
+def test_decisions() -> None:
+    def first(decided: np.ndarray) -> np.ndarray:
+        return np.where(decided[:-1].any(0), decided[:-1].argmax(0) + 1, K)
+
+    np.testing.assert_array_equal(
+        stops(Correctness(exit="threshold", threshold=0.7), LOGITS), first(sigmoid(LOGITS) >= 0.7)
+    )
+    np.testing.assert_array_equal(
+        stops(Correctness(exit="threshold", continue_target=True), LOGITS, GO), first(LOGITS > GO)
+    )
+    np.testing.assert_array_equal(stops(Classifier(threshold=0.3), LOGITS), first(sigmoid(LOGITS) >= 0.3))
+    passed = 1 - np.cumprod(1 - sigmoid(LOGITS), axis=0)
+    np.testing.assert_array_equal(stops(Gate(quantile=0.8), LOGITS), first(passed >= 0.8))
+    for rule in (Supervised(), *(rule.exiting("last") for rule in TAUGHT)):
+        assert (stops(rule, LOGITS, GO) == K).all()
+
+
+def test_exploration_makes_some_lanes_take_two_steps_or_more_and_only_in_training() -> None:
+    lanes, steps = 4000, 5
+    always = np.full((steps, lanes), 9.0)
+    taken = stops(Correctness(exploration=0.4), always)
+    assert np.mean(taken == 1) == pytest.approx(0.6, abs=0.03)
+    for k in range(2, steps + 1):
+        assert np.mean(taken == k) == pytest.approx(0.1, abs=0.02)
+    rule = Correctness(exploration=0.4)
+    assert "explore" not in rule.exits
+    assert (stops(rule.exiting("threshold"), always) == 1).all()
+    assert (stops(Correctness(exploration=1.0), always[:1]) == 1).all()  # one step is all there is
+
+
+def test_uniform_prior_is_an_entropy_bonus() -> None:
+    """Pitfall 18: KL to the uniform prior is log K - H(p), and its gradient does not starve late steps."""
+    answer = driven(PonderNet(shape="uniform"), jnp.asarray(LOGITS, jnp.float32))
+    p = np.asarray(answer.weight, np.float64)
+    np.testing.assert_allclose(answer.cost.sum(0), np.log(K) + (p * np.log(p)).sum(0), rtol=1e-5, atol=1e-6)
+    even = np.log(1 / (K - np.arange(K - 1)) / (1 - 1 / (K - np.arange(K - 1))))  # lambda_k = 1 / (K - k + 1)
+    answer = driven(PonderNet(shape="uniform"), jnp.asarray(np.append(even, 0.0)[:, None], jnp.float32))
+    np.testing.assert_allclose(answer.weight, 1 / K, rtol=1e-5)
+    np.testing.assert_allclose(answer.cost.sum(), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [Classifier(), Gate()], ids=lambda rule: type(rule).__name__)
+def test_a_probe_moves_nothing_but_its_head(rule: Any) -> None:
+    params, batch = single(parameters(1)), batch_of([[0, 1, 2, 3]], [[1, 2, 3, 0]])
+
+    def gradient(rule: Any) -> Any:
+        return jax.grad(lambda p: ponder_loss(Probed(p, 3), rule, batch, KEY, freeze=False)[0])(params)
+
+    with_lesson, without = gradient(rule), gradient(Supervised(emphasis=rule.emphasis))
+    for name, leaf in with_lesson.items():
+        if name in ("halting", "bias"):
+            assert np.abs(np.asarray(leaf)).max() > 0
+        else:
+            np.testing.assert_allclose(leaf, without[name], atol=1e-6)
+
+
+class Probed(Attending):
+    def see(self, state: Any, context: Any, needs: frozenset[str]) -> Seen:
+        if "probe" in needs:
+            return super().see(jax.lax.stop_gradient(state), context, frozenset({"halt"}))
+        return super().see(state, context, needs)
+
+
+def test_the_lesson_is_in_the_loss() -> None:
+    params, batch = single(parameters(1)), batch_of([[0, 1, 2, 3]], [[1, 2, 3, 0]])
+    loss, outcome = ponder_loss(Attending(params, 3), Correctness(), batch, KEY, freeze=False)
+    np.testing.assert_allclose(loss, outcome.task_loss.mean() + outcome.lesson.mean(), rtol=1e-6)
+    assert float(outcome.lesson.mean()) > 0
+    frozen = predict(Attending(params, 3), Correctness(exit="threshold"), batch, KEY)
+    assert not np.asarray(frozen.lesson).any()
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: Supervised(exit="first"), "Supervised has no exit 'first'"),
+        (lambda: Correctness(exploration=2.0), "exploration of Correctness is 2.0"),
+        (lambda: Correctness(threshold=1.0), "threshold of Correctness is 1.0"),
+        (lambda: Classifier(threshold=0.0), "threshold of Classifier is 0.0"),
+        (lambda: Gate(quantile=1.0), "quantile of Gate is 1.0"),
+        (lambda: Gate(slope=float("nan")), "slope of Gate is nan"),
+    ],
+)
+def test_bad_settings(make: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        make()

@@ -1,0 +1,172 @@
+"""A walk says what frozen inference under any exit would have done, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from scipy import stats
+from tiny import as_users_run  # noqa: F401
+
+import ponder
+from ponder import evaluation, frontier, program, sharding, walks
+from ponder.errors import UserError
+from ponder.frontier import Walked
+from ponder.halting.correctness import Correctness
+from ponder.halting.fixed import Fixed
+from ponder.halting.readout import Readout
+
+EXITS = [
+    Readout(measure="margin", threshold=0.85),
+    Readout(measure="kl", threshold=0.02),
+    Readout(measure="state_change", threshold=0.3),
+    Readout(measure="unstable", threshold=0.5),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A correctness head and a first-keys transformer of four steps, a little trained."""
+    folder = tmp_path_factory.mktemp("walks")
+    config = tiny.config(
+        model=dataclasses.replace(tiny.CONFIG.model, kv="first", steps=4, continue_head=True),
+        rule=Correctness(continue_target=True),
+        training__steps=30,
+    )
+    result = ponder.train(config, folder / "w", cache_dir=str(folder / "cache"))
+    return config, result, str(folder / "cache")
+
+
+def prepared(trained: Any, **changes: Any) -> tuple[program.Program, Any, evaluation.HeldOut]:
+    config, result, cache = trained
+    run = program.compile_program(dataclasses.replace(config, **changes), sharding.make_mesh(config.mesh))
+    return run, nnx.split(result.model, nnx.Param)[1], evaluation.HeldOut(run, cache)
+
+
+@pytest.mark.parametrize("rule", EXITS, ids=lambda rule: rule.measure)
+def test_a_walk_foretells_frozen_inference(trained: Any, rule: Readout) -> None:
+    run, params, held_out = prepared(trained, rule=rule)
+    recorded = walks.record(run, params, held_out, "test")
+    stops = frontier.by_unrest(recorded.walked, rule.measure, rule.threshold)
+    point = frontier.outcome(recorded.walked, stops)
+
+    state = run.initial_state()._replace(params=params, average=None)
+    row = held_out.evaluate("test", state, 0, None)[0]
+    assert row["exit"] == "threshold" and 1 < row["steps"] < 4
+    assert (point.accuracy, point.steps) == pytest.approx((row["accuracy"], row["steps"]), rel=1e-6)
+    assert point.loss == pytest.approx(row["loss"], rel=1e-5)
+    assert recorded.flops(stops, rule) == pytest.approx((row["useful_flops"], row["spent_flops"]), rel=1e-6)
+
+
+def test_rows_of_every_exit(trained: Any) -> None:
+    run, params, held_out = prepared(trained)
+    recorded = walks.record(run, params, held_out, "test", steps=8)
+    found = walks.rows(recorded, depths=(6,))
+    kinds = {row["frontier"] for row in found}
+    assert {"fixed", "margin", "kl", "acceleration", "head", "value", "oracle"} <= kinds
+    assert [row["setting"] for row in found if row["frontier"] == "fixed"] == [1, 2, 3, 4, 6, 8]
+    oracle = found[-1]
+    assert all(oracle["accuracy"] >= row["accuracy"] - 1e-9 for row in found)
+    for row in found:
+        assert 0 <= row["accuracy"] <= row["lane_accuracy"] <= 1 and 1 <= row["steps"] <= 8
+        assert row["useful_flops"] <= row["spent_flops"]
+    price = {row["frontier"]: row["useful_flops"] for row in found if row["steps"] == 8}
+    if "margin" in price:
+        assert price["margin"] > price["fixed"]  # looking at the prediction costs the readout of every step
+    summary = walks.summary(found, recorded)
+    assert summary["regret_to_oracle"] >= 0 and len(summary["state_norms"]) == 8 and not summary["approximate"]
+
+
+def test_more_steps_than_there_are_parameters_for(trained: Any) -> None:
+    config, _, _ = trained
+    untied = dataclasses.replace(config, model=dataclasses.replace(config.model, tied=False))
+    with pytest.raises(UserError, match="none for step 5"):
+        walks.check_depth(untied, 5)
+    with pytest.raises(UserError, match="0 thinking steps"):
+        walks.check_depth(config, 0)
+    walks.check_depth(config, 64)
+
+
+def walked(correct: Any, question: Any, difficulty: Any = None, target: Any = None, **more: Any) -> Walked:
+    correct = np.array(correct, bool)
+    lanes = correct.shape[1]
+    values: dict[str, Any] = {
+        "loss": 1.0 - correct,
+        "agrees": correct == correct[-1],
+        "confidence": np.full(correct.shape, 0.5),
+        "unrest": {},
+        "halt": None,
+        "go": None,
+        "norm": np.ones(correct.shape),
+        "target": np.ones(lanes, bool) if target is None else np.array(target),
+        "difficulty": np.zeros(lanes, int) if difficulty is None else np.array(difficulty),
+        "keys": np.ones(lanes),
+    }
+    return Walked(correct=correct, question=np.array(question), **values | more)
+
+
+def test_outcome_and_oracle_by_hand() -> None:
+    #                  lane: 0  1  2  3
+    one = walked([[0, 1, 0, 1], [1, 0, 0, 1], [1, 1, 0, 1]], [0, 0, 1, 2], target=[True, True, True, False])
+    point = frontier.outcome(one, frontier.fixed(one, 3))
+    assert (point.accuracy, point.lane_accuracy, point.steps) == (0.5, 2 / 3, 3.0)  # question 2 asks nothing
+    assert frontier.oracle(one).tolist() == [2, 1, 1, 1]
+    assert frontier.outcome(one, frontier.oracle(one)).accuracy == 0.5
+    assert frontier.outcome(one, frontier.fixed(one, 2)).accuracy == 0.0
+    assert one.first(one.correct).tolist() == [2, 1, 3, 1]
+    assert one.upto(2).steps == 2 and one.upto(2).correct.tolist() == one.correct[:2].tolist()
+
+
+def test_exits_of_heads_by_hand() -> None:
+    halt = np.log(np.array([[0.2, 0.6, 0.01], [0.5, 0.1, 0.01], [0.9, 0.1, 0.01]]))
+    halt = halt - np.log1p(-np.exp(halt))
+    one = walked(np.ones((3, 3)), [0, 1, 2], halt=halt, go=np.zeros((3, 3)))
+    assert frontier.by_quantile(one, 0.55).tolist() == [2, 1, 3]  # 1 - .8 * .5 = .6
+    assert frontier.by_probability(one, 0.5).tolist() == [2, 1, 3]
+    assert frontier.by_value(one).tolist() == [3, 1, 3]
+
+
+def test_statistics_of_steps_and_confidence() -> None:
+    draw = np.random.default_rng(0)
+    steps, difficulty = draw.integers(1, 5, 100), draw.integers(0, 6, 100)
+    assert frontier.rank_correlation(steps, difficulty) == pytest.approx(stats.spearmanr(steps, difficulty).statistic)
+    assert frontier.rank_correlation(np.ones(5, int), np.arange(5)) is None
+    sure = draw.random(20_000)
+    assert frontier.calibration_error(sure, draw.random(20_000) < sure) < 0.02
+    assert frontier.calibration_error(np.full(10, 0.9), np.zeros(10)) == pytest.approx(0.9)
+    assert frontier.calibration_error(np.ones(4), np.ones(4)) == 0.0
+    points = frontier.reliability(sure, sure < 0.5)
+    assert sum(point["lanes"] for point in points) == 20_000 and points[0]["frequency"] == 1.0
+
+
+def test_thresholds_spread_and_do_not_repeat() -> None:
+    assert frontier.thresholds(np.array([1.0, 1.0, np.inf, 2.0]), 5).tolist() == [1.0, 1.5, 2.0]
+    assert frontier.thresholds(np.array([np.inf]), 5).tolist() == [0.0]
+
+
+def test_a_walk_of_the_fixed_rule_prices_no_look(trained: Any) -> None:
+    run, params, held_out = prepared(trained, rule=Fixed())
+    recorded = walks.record(run, params, held_out, "test", limit=20)
+    assert recorded.walked.halt is None and recorded.walked.go is None
+    stops = frontier.fixed(recorded.walked, 2)
+    assert recorded.flops(stops, Fixed())[0] < recorded.flops(stops, EXITS[0])[0]
+
+
+def test_walks_with_and_without_unrolling_agree(trained: Any) -> None:
+    run, params, held_out = prepared(trained)
+    scanned = prepared(trained, model=dataclasses.replace(trained[0].model, unroll=False))
+    one, other = (
+        walks.record(*each[:2], each[2], "test", limit=20).walked for each in ((run, params, held_out), scanned)
+    )
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda a, b: np.allclose(a, b, atol=1e-4),
+            (one.loss, one.unrest, one.halt, one.norm),
+            (other.loss, other.unrest, other.halt, other.norm),
+        )
+    )
