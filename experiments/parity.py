@@ -13,10 +13,11 @@ Cost of the table: 25 runs of 80 to 180 s on one core of an AMD EPYC, 0.9 core-h
 
 from ponder import compute
 from ponder.config import Checkpointing, Config, Evaluation, Logging, Optim, Training
+from ponder.halting import named
 from ponder.halting.act import Act
 from ponder.halting.fixed import Fixed
 from ponder.halting.pondernet import PonderNet
-from ponder.models.config import Recurrent
+from ponder.models.config import Recurrent, heads
 from ponder.tasks.parity import Parity
 
 ARMS = ("fixed12", "act", "pondernet", "fixed3", "fixed6")
@@ -25,16 +26,26 @@ STEPS = 12  # K of the arms that halt
 
 
 def get_config(
-    arm: str = "pondernet", seed: int = 0, n: int = 16, max_train_nonzero: int | None = 8, smoke: bool = False
+    arm: str = "pondernet",
+    seed: int = 0,
+    n: int = 16,
+    max_train_nonzero: int | None = 8,
+    smoke: bool = False,
+    rule: str = "",
 ) -> Config:
-    """`arm`: fixedK (K steps always), act or pondernet. All train for the FLOPs that pondernet needs."""
-    config = of_arm(arm, seed, n, max_train_nonzero, smoke)
+    """`arm`: fixedK (K steps always), act or pondernet; `rule`: any of `ponder.halting.RULES`, in place of an arm.
+
+    All train for the FLOPs that pondernet needs.
+    """
+    config = of_arm(rule or arm, seed, n, max_train_nonzero, smoke)
     return compute.matched(config, of_arm("pondernet", seed, n, max_train_nonzero, smoke))
 
 
 def of_arm(arm: str, seed: int, n: int, max_train_nonzero: int | None, smoke: bool) -> Config:
-    halts = {"act": Act(tau=0.001), "pondernet": PonderNet(prior=0.2, beta=0.01)}
-    depth = STEPS if arm in halts else int(arm.removeprefix("fixed"))
+    tuned = {"act": Act(tau=0.001), "pondernet": PonderNet(prior=0.2, beta=0.01)}
+    is_depth = arm in ARMS and arm not in tuned
+    rule = Fixed() if is_depth else tuned.get(arm) or named(arm)
+    depth = int(arm.removeprefix("fixed")) if is_depth else STEPS
     return Config(
         name=f"parity-{arm}",
         task=Parity(
@@ -42,8 +53,8 @@ def of_arm(arm: str, seed: int, n: int, max_train_nonzero: int | None, smoke: bo
             max_train_nonzero=None if smoke else max_train_nonzero,
             train_rows=20_000 if smoke else 500_000,
         ),
-        model=Recurrent(steps=depth, cell="gru", d_model=128, halting_head=arm in halts),
-        rule=halts.get(arm, Fixed()),
+        model=Recurrent(steps=depth, cell="gru", d_model=128, **heads(rule.needs)),
+        rule=rule,
         optim=Optim(lr=1e-3, schedule="cosine", warmup_steps=100, b2=0.999),
         training=Training(batch_size=128, steps=100 if smoke else 8_000),
         evaluation=Evaluation(every_steps=50 if smoke else 1000, rows=2048, batch_size=1024),

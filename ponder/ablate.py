@@ -25,7 +25,7 @@ from typing import IO, Any
 from etils import epy
 from rich.console import Console
 
-from ponder import cli, records, serialization, writers
+from ponder import cli, compute, records, serialization, writers
 from ponder.config import Config
 from ponder.errors import UserError
 from ponder.jobs import Failure, Job, JobFailed, available_cores, cores_of_a_job
@@ -145,15 +145,20 @@ def read_output(output: Path) -> list[Row]:
 def choose(members: Sequence[Member], rows: Sequence[Row], accept_old_code: bool) -> dict[Member, Row]:
     """The row of each member that is done: of this code, or else the newest of other code if those are accepted."""
     by_key = {row["key"]: row for row in rows}
-    by_settings = {settings_of(row): row for row in rows} if accept_old_code else {}
+    by_settings: dict[str, Row] = {}
+    if accept_old_code:
+        by_settings = {settings: row for row in rows for settings in (row["settings"], settings_of(row))}
     found = {
-        member: by_key.get(member.key) or by_settings.get(records.settings_key(member.config)) for member in members
+        member: by_key.get(member.key)
+        or by_settings.get(records.settings_key(member.config))
+        or by_settings.get(records.settings_key(compute.resolve(member.config)))
+        for member in members
     }
     return {member: row for member, row in found.items() if row is not None}
 
 
 def settings_of(row: Row) -> str:
-    """`records.settings_key` of the run, as this code makes it: fields that are new since have their defaults."""
+    """`records.settings_key` of the resolved run, as this code makes it: fields that are new have their defaults."""
     try:
         config = serialization.from_json(row["config"])
     except UserError:  # a field or class is gone

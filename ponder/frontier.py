@@ -7,7 +7,7 @@ stop per lane, `[N]` in 1..K, is all that an exit comes to.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epy
@@ -92,7 +92,7 @@ def outcome(walked: Walked, stops: Stops) -> Point:
     )
 
 
-def by_difficulty(walked: Walked, stops: Stops) -> list[dict[str, float]]:
+def by_difficulty(walked: Walked, stops: Stops) -> list[dict[str, Any]]:
     """Questions, accuracy, and loss and steps over lanes, for each label. A question's label is its largest."""
     target = walked.target
     question, label = walked.question[target], walked.difficulty[target]
@@ -176,7 +176,7 @@ def calibration_error(probability: np.ndarray, happened: np.ndarray, bins: int =
     return float(gap.sum() / size.sum())
 
 
-def reliability(probability: np.ndarray, happened: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
+def reliability(probability: np.ndarray, happened: np.ndarray, bins: int = 10) -> list[dict[str, Any]]:
     """Points of a reliability diagram: mean probability, frequency and size of each bin that is not empty."""
     which = np.minimum((probability * bins).astype(int), bins - 1)
     return [

@@ -14,8 +14,9 @@ import tiny
 from tiny import as_users_run  # noqa: F401
 
 import ponder
-from ponder import cli, compute, writers
+from ponder import ablate, cli, compute, writers
 from ponder.errors import UserError
+from ponder.halting import RULES
 from ponder.serialization import from_json, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +77,38 @@ def test_smoke_twin_as_it_is(path: Path, request, tmp_path, monkeypatch) -> None
     losses = [row["loss"] for row in writers.read_rows(tmp_path / "w" / "metrics.jsonl") if row["kind"] == "train"]
     assert losses[-1] < losses[0]
     assert {row["split"] for row in result["evaluations"]} == set(config.evaluation.splits) & set(config.task.splits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_trains_and_is_walked_on_parity(rule: str, tmp_path) -> None:
+    config = cli.Experiment.load(f"{ROOT / 'experiments' / 'parity.py'}:rule={rule},smoke").config()
+    few = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, unroll=False),
+        training=dataclasses.replace(config.training, steps=2, flops=None),
+        evaluation=dataclasses.replace(config.evaluation, splits=("test",), depths=(16,), readouts=("margin",)),
+        mesh=tiny.CONFIG.mesh,
+    )
+    [result] = ponder.train(few, tmp_path / "w").results
+    found = {row["exit"] for row in result["evaluations"]}
+    assert found == {*config.rule.exits, "margin", "oracle"}
+    assert result["frontier"]["rows"] and len(result["frontier"]["state_norms"]) == 16
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_rows_of_the_committed_table_are_of_todays_settings(path: Path) -> None:
+    """Whatever fields have come since: nothing of a committed table is to be run again for its settings."""
+    output = ROOT / "experiments" / "results" / path.stem
+    options = ablate.Options(output=str(output), accept_old_code=True)
+    members = ablate.plan(cli.Experiment.load(str(path)), options)
+    chosen = ablate.choose(members, ablate.read_output(output), accept_old_code=True)
+    assert [member for member in members if member not in chosen] == []
+
+
+def test_a_rule_that_there_is_not() -> None:
+    with pytest.raises(UserError, match="there is no rule 'ponder': there are fixed, act"):
+        cli.Experiment.load(f"{ROOT / 'experiments' / 'parity.py'}:rule=ponder").config()
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
