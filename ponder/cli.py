@@ -304,7 +304,7 @@ def _parse(hint: Any, words: Sequence[str], where: str) -> Any:
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # its own message takes several lines
             return tyro.cli(flags[leaf], args=words, console_outputs=False).value
-    except SystemExit:
+    except (SystemExit, SystemError):  # CPython 3.11 can fail to read the sources for the message that we leave out
         raise UserError(f"{where} is {' '.join(words)!r}, expected {serialization.describe(hint)}") from None
 
 
