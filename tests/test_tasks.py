@@ -12,12 +12,17 @@ import pytest
 
 from ponder.errors import UserError
 from ponder.tasks.addition import ALPHABET, Addition
+from ponder.tasks.chains import Chains
+from ponder.tasks.hop import Hop
 from ponder.tasks.parity import Parity, draw
+from ponder.tasks.permutations import Permutations
+from ponder.tasks.sums import Sums
 from ponder.tasks.task import FRACTIONS, SPLITS, Rows, Task, owners, split_of
 from ponder.tasks.tfds_builder import check
 
 SMALL_PARITY = Parity(n=8, max_train_nonzero=5, train_rows=3000, evaluation_rows=1500)
 SMALL_ADDITION = Addition(digits=2, train_rows=3000, evaluation_rows=1500)
+STEPS = [make(train_rows=3000, evaluation_rows=1500) for make in (Chains, Hop, Sums, Permutations)]
 FORMATS = [Addition(3, r, s, m, 1500, 700) for r, s, m in itertools.product([True, False], repeat=3)]
 
 
@@ -33,7 +38,7 @@ def symbols(vector: np.ndarray) -> str:
 
 
 @pytest.mark.parametrize(
-    "task", [SMALL_PARITY, Parity(n=8, layout="sequence", train_rows=2000), SMALL_ADDITION, *FORMATS]
+    "task", [SMALL_PARITY, Parity(n=8, layout="sequence", train_rows=2000), SMALL_ADDITION, *FORMATS, *STEPS]
 )
 def test_a_task_keeps_its_word(task: Task) -> None:
     assert set(task.splits) <= set(SPLITS)
@@ -43,7 +48,7 @@ def test_a_task_keeps_its_word(task: Task) -> None:
             assert len(block.inputs) <= 1024
 
 
-@pytest.mark.parametrize("task", [SMALL_PARITY, SMALL_ADDITION])
+@pytest.mark.parametrize("task", [SMALL_PARITY, SMALL_ADDITION, *STEPS])
 def test_rows_are_the_same_every_time(task: Task) -> None:
     for first, second in zip(task.rows("train"), task.rows("train"), strict=True):
         for a, b in zip(first, second, strict=True):
@@ -52,7 +57,8 @@ def test_rows_are_the_same_every_time(task: Task) -> None:
 
 def test_tasks_load_without_jax_tfds_and_tensorflow() -> None:
     code = (
-        "import sys; from ponder.tasks import addition, babi, builder, jsonl, parity, text;"
+        "import sys;"
+        "from ponder.tasks import addition, babi, builder, chains, hop, jsonl, parity, permutations, sums, text;"
         "assert not {'jax', 'grain', 'tensorflow', 'tensorflow_datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

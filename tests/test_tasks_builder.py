@@ -17,12 +17,17 @@ from ponder.errors import UserError
 from ponder.tasks import tfds_builder
 from ponder.tasks.addition import Addition
 from ponder.tasks.builder import COMPLETE, fingerprint, load, prepare
+from ponder.tasks.chains import Chains
+from ponder.tasks.hop import Hop
 from ponder.tasks.parity import Parity
+from ponder.tasks.permutations import Permutations
+from ponder.tasks.sums import Sums
 from ponder.tasks.task import Rows, Task, blocks
 from ponder.tasks.text import Text
 
 PARITY = Parity(n=8, max_train_nonzero=5, train_rows=7000, evaluation_rows=300)
 ADDITION = Addition(digits=2, train_rows=7000, evaluation_rows=300)
+STEPS = [make(train_rows=2000, evaluation_rows=300) for make in (Chains, Hop, Sums, Permutations)]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ def dataset_folder(cache: Path, task: Task) -> Path:
     return cache / "ponder_task" / f"{type(task).__name__.lower()}-{fingerprint(task)}"
 
 
-@pytest.mark.parametrize("task", [PARITY, ADDITION])
+@pytest.mark.parametrize("task", [PARITY, ADDITION, *STEPS])
 def test_what_is_read_is_what_the_task_made(task: Task, cache: Path) -> None:
     for split in task.splits:
         for name, read, made in zip(Rows._fields, load(task, split, cache), all_rows(task, split), strict=True):

@@ -12,6 +12,7 @@ above, with replacement: small k have few distinct vectors (2n at k = 1) and wou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -19,7 +20,7 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 
 from ponder.errors import UserError
-from ponder.tasks.task import BLOCK, FRACTIONS, SPLITS, Rows, Shape, Task, check_row_counts, owners, whole_rows
+from ponder.tasks.task import SPLITS, Rows, Shape, Task, check_row_counts, drawn, whole_rows
 
 # Ids of the sequence layout. The two answers come first, so that they are classes too.
 SYMBOLS = "01-+?"
@@ -78,21 +79,11 @@ class Parity(Task):
         )
 
     def rows(self, split: str) -> Iterator[Rows]:
-        left = self.train_rows if split == "train" else self.evaluation_rows
         fewest, most = 1, self.max_train_nonzero or self.n
         if split == "extrapolation":
             fewest, most = most + 1, self.n
-        generator = np.random.default_rng(SPLITS.index(split))
-        kept = np.zeros((0, self.n), np.int8)
-        while left:
-            drawn = draw(generator, 4 * BLOCK, self.n, fewest, most)
-            if split != "extrapolation":
-                own = owners((vector.tobytes() for vector in drawn), FRACTIONS)
-                drawn = drawn[own == SPLITS.index(split)]
-            kept = np.concatenate([kept, drawn])
-            while left and len(kept) >= min(left, BLOCK):
-                yield self._encode(kept[: min(left, BLOCK)])
-                kept, left = kept[min(left, BLOCK) :], left - min(left, BLOCK)
+        for vectors in drawn(self, split, functools.partial(draw, n=self.n, fewest=fewest, most=most)):
+            yield self._encode(vectors)
 
     def _encode(self, vectors: np.ndarray) -> Rows:
         nonzeros = np.count_nonzero(vectors, axis=1)

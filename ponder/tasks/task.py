@@ -7,7 +7,7 @@ into a TFDS builder, `ponder.data.feed` into batches.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -115,10 +115,19 @@ def check_row_counts(task: Any) -> None:
             raise UserError(f"{type(task).__name__} {name}={getattr(task, name)}: must be at least 1")
 
 
+def check_question_count(task: Any, count: int) -> None:
+    """Raises UserError where training has so few questions that a split by hash may own none of them."""
+    if count < 256:
+        raise UserError(
+            f"{type(task).__name__} has {count} questions at these settings: fewer than 256 cannot be split"
+        )
+
+
 def whole_rows(inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray, difficulty: np.ndarray) -> Rows:
-    """Rows of one unpadded example each: inputs [R, T (, W)], targets and weights [R, T] or [R], difficulty [R]."""
+    """Rows of one unpadded example each: inputs [R, T (, W)], targets and weights [R, T] or [R], difficulty the same
+    or [R]."""
     count, length = inputs.shape[:2]
-    label = difficulty.reshape(count, *[1] * (targets.ndim - 1))
+    label = difficulty.reshape(*difficulty.shape, *[1] * (targets.ndim - difficulty.ndim))
     return Rows(
         inputs,
         targets,
@@ -127,6 +136,14 @@ def whole_rows(inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray, dif
         np.ones((count, length), np.int16),
         np.broadcast_to(np.arange(length, dtype=np.int16), (count, length)),
     )
+
+
+def padded_rows(
+    inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray, difficulty: np.ndarray, lengths: np.ndarray
+) -> Rows:
+    """As `whole_rows`, of token lanes [R, T] that end after `lengths` [R] of them: the rest becomes padding."""
+    real = np.arange(inputs.shape[1]) < lengths[:, None]
+    return Rows(*(np.where(real, array, 0) for array in whole_rows(inputs, targets, weights, difficulty)))
 
 
 def blocks(rows: Rows) -> Iterator[Rows]:
@@ -149,3 +166,29 @@ def owners(canonical: Iterable[bytes], fractions: dict[str, float]) -> np.ndarra
 def split_of(canonical: bytes, fractions: dict[str, float]) -> str:
     """The split that owns a question (see `owners`)."""
     return list(fractions)[owners([canonical], fractions)[0]]
+
+
+def drawn(
+    task: Any,
+    split: str,
+    draw: Callable[[np.random.Generator, int], np.ndarray],
+    canonical: Callable[[np.ndarray], np.ndarray] = lambda questions: questions,
+) -> Iterator[np.ndarray]:
+    """As many questions as a generated task wants of a split, in blocks: the draws that the split owns.
+
+    `draw(generator, n)` gives up to n questions, one an entry of the first axis; `canonical` gives arrays that are the
+    same for equal ones. Extrapolation takes every draw: being harder, its questions are in no other split.
+    """
+    left = task.train_rows if split == "train" else task.evaluation_rows
+    generator = np.random.default_rng(SPLITS.index(split))
+    kept = draw(generator, 0)
+    while left:
+        new = draw(generator, 4 * BLOCK)
+        if split != "extrapolation":
+            own = owners((question.tobytes() for question in canonical(new)), FRACTIONS)
+            new = new[own == SPLITS.index(split)]
+        kept = np.concatenate([kept, new])
+        while left and len(kept) >= min(left, BLOCK):
+            block, kept = np.split(kept, [min(left, BLOCK)])
+            left -= len(block)
+            yield block
