@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ponder.errors import UserError
 from ponder.models.config import ModelConfig, Transformer
-from ponder.protocols import Measure, Rule
+from ponder.protocols import Measure, Rule, Taught
 from ponder.tasks.task import SPLITS, Task
 
 
@@ -163,6 +163,14 @@ def validate(config: Config) -> None:
             f"optim.ema_decay is {optim.ema_decay}: between 0 and 1, or None",
         ),
         *_of_depth(config),
+        (
+            not (training.freeze and isinstance(config.rule, Taught)),
+            f"training.freeze is on, but {type(config.rule).__name__} is taught by steps taken after the stop",
+        ),
+        (
+            not isinstance(model, Transformer) or model.tied or max(config.evaluation.depths, default=0) <= model.steps,
+            f"evaluation.depths is {config.evaluation.depths}, but model.tied is False: there are {model.steps} steps",
+        ),
         (config.evaluation.batch_size >= 1, f"evaluation.batch_size is {config.evaluation.batch_size}: at least 1"),
         (
             config.evaluation.rows is None or config.evaluation.rows >= 1,

@@ -96,6 +96,11 @@ def evaluate(
                 workdir, split=split, rule=rule, depths=depths, risk=risk, rows=rows, which=which, cache_dir=cache_dir
             )
     config = replace(records.read_config(workdir), seeds=1, mesh=Mesh(data=1))
+    if not walks.can_walk(config):
+        raise UserError(
+            f"{type(config.rule).__name__} on {type(config.task).__name__} has no walk: rules that mix states answer "
+            "with no single step, and tasks in bits have no questions that are right or wrong"
+        )
     for name in rule:
         if name not in EXITS:
             raise UserError(f"there is no exit {name!r}{nearest(name, EXITS)}")

@@ -15,6 +15,8 @@ from ponder.data.batch import Batch
 from ponder.errors import UserError
 from ponder.evaluation import HeldOut, keys_seen
 from ponder.frontier import Point, Stops, Walked
+from ponder.halting.classifier import Classifier
+from ponder.halting.correctness import Correctness
 from ponder.halting.fixed import Fixed
 from ponder.halting.readout import Readout
 from ponder.models.config import Transformer
@@ -106,6 +108,12 @@ def record(
     )
 
 
+def can_walk(config: Config) -> bool:
+    """Whether a walk says what exits would have done: not of ACT, which answers with a mean of states, and not yet of
+    tasks in bits, whose rows are no questions that are right or wrong."""
+    return config.rule.mixes != "states" and config.task.unit != "bits"
+
+
 def check_depth(config: Config, steps: int) -> None:
     """Raises UserError where a model cannot run so many steps."""
     if steps < 1:
@@ -149,8 +157,9 @@ def rows(recorded: Recorded, depths: tuple[int, ...] = (), points: int = 17) -> 
             add(measure, float(threshold), frontier.by_unrest(walked, measure, threshold), rule)
     own = recorded.config.rule
     if walked.halt is not None and own.mixes != "states":
-        for quantile in np.linspace(0.05, 0.95, points):
-            add("head", float(quantile), frontier.by_quantile(walked, float(quantile)), own)
+        stops_at = frontier.by_probability if isinstance(own, Correctness | Classifier) else frontier.by_quantile
+        for threshold in np.linspace(0.05, 0.95, points):
+            add("head", float(threshold), stops_at(walked, float(threshold)), own)
     if walked.go is not None:
         add("value", None, frontier.by_value(walked), own)
     add("oracle", None, frontier.oracle(walked), Fixed())
@@ -182,6 +191,8 @@ def final(run: Program, params: Any, held_out: HeldOut) -> tuple[list[Row], Row]
     config = run.config
     asked = config.evaluation
     splits = [split for split in asked.splits if split in config.task.splits]
+    if not can_walk(config):
+        return [], {}
     headline = next((split for split in ("test", "validation") if split in splits), None)
     if headline is None:
         return [], {}

@@ -92,6 +92,9 @@ def test_every_rule_trains_and_is_walked_on_parity(rule: str, tmp_path) -> None:
     )
     [result] = ponder.train(few, tmp_path / "w").results
     found = {row["exit"] for row in result["evaluations"]}
+    if rule == "act":  # a mean of states is no step's answer
+        assert found == {"threshold"}
+        return
     assert found == {*config.rule.exits, "margin", "oracle"}
     assert result["frontier"]["rows"] and len(result["frontier"]["state_norms"]) == 16
 

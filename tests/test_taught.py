@@ -86,6 +86,13 @@ def test_lesson_and_its_gradient(rule: Any, counts: tuple[int, ...]) -> None:
         assert rule.continue_target == bool(np.abs(by_go).any())
 
 
+def test_one_step_teaches_what_it_can() -> None:
+    one = path()._replace(**{name: getattr(path(), name)[:1] for name in ("halt", "go", "loss", "correct", "agrees")})
+    for rule in TAUGHT:
+        cost = np.asarray(rule.lesson(one))
+        assert cost.shape == (1, LANES) and np.isfinite(cost).all()
+
+
 def test_pitfall_20_a_row_without_target_does_not_count_as_solved() -> None:
     def by_halt(counts: Any) -> np.ndarray:
         def term(halt: jax.Array) -> jax.Array:

@@ -43,7 +43,7 @@ class Correctness(Supervised):
     threshold: float = 0.5
     """Stop at this believed probability of being right. Without `continue_target` only."""
     exploration: float = 0.1
-    """Share of lanes that in training must take U{2..K} steps at least. It matters where `training.freeze` is on."""
+    """Share of lanes that in training must take U{2..K} steps at least. For training that refills stopped lanes."""
     exit: str = "explore"
 
     known_exits: ClassVar[tuple[str, ...]] = ("threshold", "last", "explore")
@@ -94,9 +94,8 @@ class Correctness(Supervised):
         if self.continue_target:
             assert path.go is not None
             halt, go = jax.lax.stop_gradient((path.halt, path.go))
-            best = (
-                jnp.maximum(halt[1:], go[1:]).at[-1].set(halt[-1])
-            )  # what step k + 1 is worth; the last can only stop
+            # What step k + 1 is worth; at the last one there is no going on.
+            best = jnp.concatenate([jnp.maximum(halt[1:-1], go[1:-1]), halt[1:][-1:]])
             later = binary_cross_entropy(path.go[:-1], jax.nn.sigmoid(best))
             cost = cost + jnp.concatenate([later, jnp.zeros_like(cost[:1])])
         return self.weight * cost

@@ -76,7 +76,8 @@ def entropy_change(before: Recent, now: Recent) -> Float[jax.Array, "*n"]:
 
 
 def kl(before: Recent, now: Recent) -> Float[jax.Array, "*n"]:
-    """KL(p_k || p_{k-1}) of successive predictions, nats (Geiping et al. 2025, section 6.1)."""
+    """KL(p_k || p_{k-1}) of successive predictions, nats (Geiping et al. 2025, section 6.1; their code has the other
+    direction, so that its thresholds do not carry over)."""
     p = jnp.exp(now.log_p)
     return jnp.sum(p * (now.log_p - before.log_p), axis=-1)
 

@@ -150,7 +150,7 @@ def claims(table: Table) -> list[str]:
     said = []
     equal = "at equal inference FLOPs" + ("" if table.matched_training else " but unequal training FLOPs")
     for line in table.lines:
-        if line.is_fixed:
+        if line.is_fixed or line.exit == "oracle":  # it is told the answers: no exit, but what one could come to
             continue
         who = f"{line.arm}, exit {line.exit}:"
         if line.versus is None:
@@ -182,7 +182,9 @@ def _line(
     values = [row[metric.field] for row in rows.values()]
     is_fixed = runs[0].is_fixed and exit == exits(runs)[0]  # a readout of a fixed depth is none itself
     versus, why = None, "fixed depth"
-    if not is_fixed:
+    if exit == "oracle":
+        why = "it is told the answers"
+    elif not is_fixed:
         versus = statistics.above_frontier(frontier, points(runs, metric, split, exit))
         why = "" if versus else "outside" if frontier.knots.keys() & rows.keys() else "no fixed depth of these seeds"
 
