@@ -76,8 +76,19 @@ _BABI_10K = {
     "qa20_agents-motivations_train": "36f20f3baf6bad2297d5b9fd877e633550c36106fe78bc10ddfb7b1eede62573",
 }
 
+_SUDOKU = {
+    "clue17_train": "8fb2ff30a3c84f81706d2df5dc322ae82de4d84673592d734a9c98fa9661d44c",
+    "clue17_test": "378f4741024c9808308ef215655696961138a5b60d11ff1bca56cbd716b4833b",
+    "top1465_train": "6c2e8e2d52d0be75293ae2dafdccc26e601285c929b4ecc803bc092963a453c3",
+}
+
+_FOLDERS = {
+    "text/{}.txt": _TEXT,
+    "babi/en/{}.txt": _BABI_1K,
+    "babi/en-10k/{}.txt": _BABI_10K,
+    "sudoku/{}.csv": _SUDOKU,
+}
+
 SHA256: dict[str, str] = {
-    f"{folder}/{name}.txt": digest
-    for folder, table in (("text", _TEXT), ("babi/en", _BABI_1K), ("babi/en-10k", _BABI_10K))
-    for name, digest in table.items()
+    path.format(name): digest for path, table in _FOLDERS.items() for name, digest in table.items()
 }
