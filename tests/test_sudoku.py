@@ -24,6 +24,7 @@ from ponder.tasks.task import FRACTIONS, Rows, Task, owners
 from ponder.tasks.tfds_builder import check
 
 FOUR = Sudoku(size=4, train_rows=300, evaluation_rows=20)
+MINIMAL = Sudoku(size=4, spare=0, train_rows=300, evaluation_rows=20)
 SIX = Sudoku(size=6, spare=0, max_train_guesses=0, train_rows=300, evaluation_rows=30)
 NINE = Sudoku(spare=0, levels=8, train_rows=20, evaluation_rows=6)
 # A hard puzzle of the magictour collection, and one that needs no guess.
@@ -235,14 +236,15 @@ def test_a_puzzle_of_size_4_has_one_solution_by_brute_force() -> None:
         assert list(solutions(puzzle, 4, near)) == [target]
 
 
-@pytest.mark.parametrize("task", [FOUR, SIX])
+@pytest.mark.parametrize("task", [MINIMAL, SIX])
 def test_splits_share_nothing_up_to_symmetry(task: Sudoku) -> None:
     keys = {}
     for split in task.splits:
         rows = drawn(task, split)
         clues = rows.inputs[:, :, 0] > 0 if task.size == 4 else np.zeros_like(rows.targets)
         keys[split] = {canonical(*pair) for pair in zip(rows.targets, itertools.repeat(task.size), clues)}
-    assert all(keys.values())
+    if task is MINIMAL:  # of whose puzzles there are 36, up to symmetry
+        assert 20 <= len(set.union(*keys.values())) <= 36
     for a, b in itertools.combinations(keys, 2):
         assert {a, b} == {"test", "extrapolation"} or not keys[a] & keys[b]
 

@@ -11,10 +11,10 @@ a few in a hundred do.
 Splits are by hash of the solution up to symmetry (`sudoku_grids.canonical`): whatever grid is tested, neither it nor a
 relabelled, reordered or transposed copy is a solution in train. Size 6 has 49 such classes, 33 of them in train, 4 in
 validation, 4 in calibration, 8 in test. Size 4 has two in all, too few to split; there the whole puzzle up to symmetry
-is hashed, solutions are shared, and a model may know them by heart: a size for smoke tests. Generated rows are draws
-with replacement. `clue17` has no published split: test is the file clue17_test, and a puzzle of clue17_train whose
-solution is one of test's is dropped (549 of 40,000). Extrapolation is the puzzles of test's grids that need more
-guesses than any in the other splits.
+is hashed (36 minimal ones, some 800 with up to two spare clues), solutions are shared, and a model may know them by
+heart: a size for smoke tests. Generated rows are draws with replacement. `clue17` has no published split: test is the
+file clue17_test, and a puzzle of clue17_train whose solution is one of test's is dropped (549 of 40,000). Extrapolation
+is the puzzles of test's grids that need more guesses than any in the other splits.
 """
 
 from __future__ import annotations
@@ -164,9 +164,8 @@ class Sudoku(Task):
         """[N, cells] digits as they are, or [N, cells, 4] with the ids of row, column and box."""
         if not self.places:
             return puzzles
-        where = 1 + self.size + units_of(self.size).T  # [cells, 3]
-        where = np.broadcast_to(where, (len(puzzles), *where.shape))
-        return np.concatenate([puzzles[:, :, None], where], axis=2).astype(np.int16)
+        ids = (puzzles, *(1 + self.size + units_of(self.size)))
+        return np.stack([np.broadcast_to(array, puzzles.shape) for array in ids], axis=2).astype(np.int16)
 
     def verify(self, question: str, answer: str) -> bool:
         """Whether `answer` keeps the clues and fills every row, column and box."""
@@ -182,7 +181,7 @@ class Sudoku(Task):
 
     def decode(self, ids: list[Any]) -> str:
         """The digits of lanes or of an answer, "." for 0."""
-        return "".join(".123456789"[i] for i in np.reshape(ids, (len(ids), -1))[:, 0])
+        return "".join(".123456789"[lane[0] if isinstance(lane, list) else lane] for lane in ids)
 
     def _parse(self, question: str) -> np.ndarray:
         if not re.fullmatch(f"[.0-{self.size}]{{{self.size**2}}}", question):
