@@ -16,10 +16,10 @@ from ponder.tasks.maze import MOVES, Maze, canonical, draw, fill_dead_ends, shor
 from ponder.tasks.task import Rows, Task
 from ponder.tasks.tfds_builder import check
 
-SQUARE = Maze(7, 7, max_train_moves=8, train_rows=400, evaluation_rows=150)
+SQUARE = Maze(7, 7, max_train_moves=8, train_rows=200, evaluation_rows=60)
 OBLONG = Maze(5, 9, loops=0.3, places=False, train_rows=300, evaluation_rows=100)
-SMALL = Maze(5, 5, train_rows=1500, evaluation_rows=300)  # so few that they are drawn again and again
-LARGE = Maze(train_rows=60, evaluation_rows=20)
+SMALL = Maze(5, 5, train_rows=1000, evaluation_rows=200)  # so few that they are drawn again and again
+LARGE = Maze(train_rows=24, evaluation_rows=6)
 KNOWN = Maze(5, 7)
 # Three columns join the upper corridor to the lower one.
 BY_HAND = """
@@ -100,7 +100,7 @@ def test_rows_are_mazes_with_one_shortest_path_that_filling_does_not_show(task: 
 
 
 def test_rows_are_the_same_every_time() -> None:
-    for split in SQUARE.splits:
+    for split in ("train", "extrapolation"):
         for first, second in zip(drawn(SQUARE, split), all_rows(SQUARE, split), strict=True):
             np.testing.assert_array_equal(first, second)
 
@@ -141,7 +141,7 @@ def test_the_canonical_form_survives_every_symmetry(task: Maze, number: int) -> 
         found = images(grid)
         assert len(found) == number
         assert len({canonical(task._parse(text)) for text in found}) == 1
-    assert len({canonical(task._parse("".join(grid))) for grid in grids(task, "test")}) > 90
+    assert len({canonical(task._parse("".join(grid))) for grid in grids(task, "test")}) > 50
 
 
 def test_extrapolation_has_longer_paths() -> None:

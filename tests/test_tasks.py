@@ -52,7 +52,7 @@ def test_rows_are_the_same_every_time(task: Task) -> None:
 
 def test_tasks_load_without_jax_tfds_and_tensorflow() -> None:
     code = (
-        "import sys; from ponder.tasks import addition, babi, builder, jsonl, parity, text;"
+        "import sys; from ponder.tasks import addition, babi, builder, clrs, jsonl, maze, parity, sudoku, text;"
         "assert not {'jax', 'grain', 'tensorflow', 'tensorflow_datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
