@@ -250,7 +250,7 @@ def test_lanes_and_verifier(own: Path, algorithm: str) -> None:
     for split in task.splits:
         rows = all_rows(task, split)
         check(rows, task, split)
-        for (question, answer), lanes in list(zip(pairs(task, split), rows.inputs.tolist(), strict=True))[:6]:
+        for (question, answer), lanes in list(zip(pairs(task, split), rows.inputs.tolist(), strict=True))[:3]:
             assert task.encode(question) == lanes
             assert " ".join(map(str, solved(algorithm, question))) == answer
             assert task.verify(question, answer)

@@ -18,7 +18,7 @@ from ponder.tasks.tfds_builder import check
 
 SQUARE = Maze(7, 7, max_train_moves=8, train_rows=200, evaluation_rows=60)
 OBLONG = Maze(5, 9, loops=0.3, places=False, train_rows=300, evaluation_rows=100)
-SMALL = Maze(5, 5, train_rows=1000, evaluation_rows=200)  # so few that they are drawn again and again
+SMALL = Maze(5, 5, train_rows=600, evaluation_rows=120)  # so few that they are drawn again and again
 LARGE = Maze(train_rows=24, evaluation_rows=6)
 KNOWN = Maze(5, 7)
 # Three columns join the upper corridor to the lower one.
