@@ -1,4 +1,4 @@
-"""SHA-256 of the text of each data file that has really been read, so that its plain and gzipped copies both pass.
+"""SHA-256 of each data file that has really been read, unzipped, so that plain and gzipped copies both pass.
 
 Of the bAbI test files those are the halves with the even stories ("_even"). A file that is not listed is read
 unchecked.
@@ -76,8 +76,36 @@ _BABI_10K = {
     "qa20_agents-motivations_train": "36f20f3baf6bad2297d5b9fd877e633550c36106fe78bc10ddfb7b1eede62573",
 }
 
+_SUDOKU = {
+    "clue17_train": "8fb2ff30a3c84f81706d2df5dc322ae82de4d84673592d734a9c98fa9661d44c",
+    "clue17_test": "378f4741024c9808308ef215655696961138a5b60d11ff1bca56cbd716b4833b",
+    "top1465_train": "6c2e8e2d52d0be75293ae2dafdccc26e601285c929b4ecc803bc092963a453c3",
+}
+
+_CLRS = {
+    "minimum": "d3a8ac02395a543ff45077eef9b2d329986c3222d8c2ccc6e9c496494efb7245",
+    "binary_search": "c21514f597f3087abb4645c22ebd77ab1bcabd3a57729750c9075da2b22e5916",
+    "quickselect": "4511f116d45d59b98c9dfea5488a6183f491cabf50a14e7ded68cd234a19748a",
+    "insertion_sort": "1391a04a0f767f4668c4a19b6093c51fac5d55fbc185385545fc21fc5d6ab601",
+    "bubble_sort": "1391a04a0f767f4668c4a19b6093c51fac5d55fbc185385545fc21fc5d6ab601",
+    "heapsort": "1391a04a0f767f4668c4a19b6093c51fac5d55fbc185385545fc21fc5d6ab601",
+    "quicksort": "1391a04a0f767f4668c4a19b6093c51fac5d55fbc185385545fc21fc5d6ab601",
+    "bfs": "88406f223b58efcefc7a8e7a0a8a219b0351dd3188b197a6aef34571fb893b4a",
+    "dfs": "6b7b27c7c296a727a0d0711eefe975f828c5a681192f3c67ad63d46bb598b803",
+    "bellman_ford": "16daade4158fb69980623ac3b011a41ed8dade06f0576b1c3a5298f076ac367f",
+    "dijkstra": "16daade4158fb69980623ac3b011a41ed8dade06f0576b1c3a5298f076ac367f",
+    "dag_shortest_paths": "d4f220add9472ca107f4bea1bc42fb1b39e1dea8ffe3c1e0f54df8d55e816675",
+    "mst_prim": "4f951350d75fa549d735ac9bd0cc1d643ed0e8f3612723f5e27f486295c162d0",
+}
+
+_FOLDERS = {
+    "text/{}.txt": _TEXT,
+    "babi/en/{}.txt": _BABI_1K,
+    "babi/en-10k/{}.txt": _BABI_10K,
+    "sudoku/{}.csv": _SUDOKU,
+    "clrs/{}.npz": _CLRS,
+}
+
 SHA256: dict[str, str] = {
-    f"{folder}/{name}.txt": digest
-    for folder, table in (("text", _TEXT), ("babi/en", _BABI_1K), ("babi/en-10k", _BABI_10K))
-    for name, digest in table.items()
+    path.format(name): digest for path, table in _FOLDERS.items() for name, digest in table.items()
 }

@@ -48,6 +48,23 @@ SOURCES = {
         "author={Weston, Jason and Bordes, Antoine and Chopra, Sumit and Rush, Alexander M. and van Merrienboer, Bart "
         "and Joulin, Armand and Mikolov, Tomas}, journal={arXiv:1502.05698}, year={2015}}",
     ),
+    "clrs/": Source(
+        "https://pypi.org/project/dm-clrs/2.0.3 (its samplers; see ponder/tasks/clrs.py)",
+        "Apache-2.0",
+        "@inproceedings{velickovic2022clrs, title={The CLRS Algorithmic Reasoning Benchmark}, author={Velickovic, "
+        "Petar and Badia, Adria Puigdomenech and Budden, David and Pascanu, Razvan and Banino, Andrea and Dashevskiy, "
+        "Misha and Hadsell, Raia and Blundell, Charles}, booktitle={ICML}, year={2022}}",
+    ),
+    "sudoku/clue17": Source(
+        "https://github.com/wise-irbe/dlx (data/sudoku17.txt)",
+        "Apache-2.0",
+        "@misc{royle2005minimum, author={Royle, Gordon}, title={Minimum Sudoku}, year={2005}}",
+    ),
+    "sudoku/top1465": Source(
+        "http://magictour.free.fr/top1465",
+        "Apache-2.0",
+        "@misc{magictour2005top1465, title={Top 1465 hardest sudokus}, howpublished={http://magictour.free.fr}}",
+    ),
 }
 
 
