@@ -10,8 +10,8 @@ Table:  python -m ponder.ablate --config=experiments/gate_or_readout.py --output
         --jobs=2
 Quick:  python -m ponder.train  --config=experiments/gate_or_readout.py:smoke --workdir=runs/gate_smoke
 
-With `:task=chains` it is chains, which no arm learns at these settings yet (LOG.md). The table has not been made; one
-pilot of `supervised` on parity took 49 s on one core of an AMD EPYC and gave 0.920 at the last step, 0.996 by margin.
+With `:task=chains` it is chains, which no arm learns at these settings yet. The table has not been made; LOG.md has a
+pilot of each.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ponder.errors import UserError
-from ponder.models.config import ModelConfig, Transformer
+from ponder.models.config import ModelConfig, Transformer, shares_steps
 from ponder.protocols import Measure, Rule, Taught
 from ponder.tasks.task import SPLITS, Task
 
@@ -167,10 +167,6 @@ def validate(config: Config) -> None:
             not (training.freeze and isinstance(config.rule, Taught)),
             f"training.freeze is on, but {type(config.rule).__name__} is taught by steps taken after the stop",
         ),
-        (
-            not isinstance(model, Transformer) or model.tied or max(config.evaluation.depths, default=0) <= model.steps,
-            f"evaluation.depths is {config.evaluation.depths}, but model.tied is False: there are {model.steps} steps",
-        ),
         (config.evaluation.batch_size >= 1, f"evaluation.batch_size is {config.evaluation.batch_size}: at least 1"),
         (
             config.evaluation.rows is None or config.evaluation.rows >= 1,
@@ -178,8 +174,9 @@ def validate(config: Config) -> None:
         ),
         (0 < config.evaluation.risk < 1, f"evaluation.risk is {config.evaluation.risk}: between 0 and 1"),
         (
-            all(depth >= 1 for depth in config.evaluation.depths),
-            f"evaluation.depths is {config.evaluation.depths}: at least 1 each",
+            not (config.evaluation.readouts and shares_steps(model)),
+            "evaluation.readouts need tokens that do not see each other's steps (model.kv=first and no coda): what a "
+            "walk foretells, and its risk, is else not what happens",
         ),
         (
             config.evaluation.walk or not (config.evaluation.readouts or config.evaluation.depths),
@@ -217,6 +214,19 @@ def validate(config: Config) -> None:
     ):
         if not right:
             raise UserError(message)
+    for depth in config.evaluation.depths:
+        check_depth(model, depth)
+
+
+def check_depth(model: ModelConfig, steps: int) -> None:
+    """Raises UserError where a model cannot run so many steps."""
+    if steps < 1:
+        raise UserError(f"{steps} thinking steps: at least 1 is needed")
+    if isinstance(model, Transformer) and not model.tied and steps > model.steps:
+        raise UserError(
+            f"model.tied is False: each of its {model.steps} steps has parameters of its own, "
+            f"and there are none for step {steps}"
+        )
 
 
 def _of_depth(config: Config) -> Iterator[tuple[bool, str]]:
@@ -230,6 +240,8 @@ def _of_depth(config: Config) -> Iterator[tuple[bool, str]]:
     yield depth.curriculum_steps >= 0, f"training.depth.curriculum_steps is {depth.curriculum_steps}: at least 0"
     tied = not isinstance(config.model, Transformer) or config.model.tied
     yield tied, "model.tied is False: random depth needs a core that can run any number of times"
+    taught = config.rule.needs & {"halt", "probe", "go"}
+    yield not taught, f"training.depth is set, but {type(config.rule).__name__} has a head, which must see step 1 on"
     yield not config.training.freeze, "training.freeze and training.depth exclude each other: all lanes run r steps"
 
 

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ponder import cli, records
-from ponder.config import Mesh
+from ponder.config import Mesh, check_depth
 from ponder.errors import UserError
 from ponder.halting.readout import Readout
+from ponder.models.config import shares_steps
 from ponder.protocols import Measure
 from ponder.serialization import nearest
 
@@ -101,6 +102,8 @@ def evaluate(
             f"{type(config.rule).__name__} on {type(config.task).__name__} has no walk: rules that mix states answer "
             "with no single step, and tasks in bits have no questions that are right or wrong"
         )
+    if risk is not None and shares_steps(config.model):
+        raise UserError("--risk needs tokens that do not see each other's steps: of this model a walk is no promise")
     for name in rule:
         if name not in EXITS:
             raise UserError(f"there is no exit {name!r}{nearest(name, EXITS)}")
@@ -108,17 +111,18 @@ def evaluate(
         raise UserError(f"{type(config.task).__name__} has no split {split!r}{nearest(split, config.task.splits)}")
     steps = max((config.model.steps, *depths))
     for depth in (*depths, steps):
-        walks.check_depth(config, depth)
+        check_depth(config.model, depth)
     run = program.compile_program(config, sharding.make_mesh(config.mesh))
     params = nnx.split(train.load(workdir, which), nnx.Param)[1]
-    held_out = evaluation.HeldOut(run, cache_dir)
-    recorded = walks.record(run, params, held_out, split, steps, rows)
+    walker = walks.Walker(run, evaluation.HeldOut(run, cache_dir))
+    recorded = walker.record(params, split, steps, rows)
     found = walks.rows(recorded, depths)
     told = [row for row in found if not rule or row["frontier"] in rule]
     if risk is not None:
-        validation = walks.record(run, params, held_out, "validation").walked
-        calibration = walks.record(run, params, held_out, "calibration").walked
-        kept = (_at_risk(recorded, validation, calibration, name, risk) for name in get_args(Measure))
+        validation = walker.record(params, "validation").walked
+        calibration = walker.record(params, "calibration").walked
+        wanted = [name for name in get_args(Measure) if not rule or name in rule]
+        kept = (_at_risk(recorded, validation, calibration, name, risk) for name in wanted)
         told += [row for row in kept if row is not None]
     about = {"split": split, "arm": config.name, "seed": config.seed, "trained_steps": config.model.steps}
     summary = {"frontier": "summary", **walks.summary(found, recorded)}
@@ -130,9 +134,10 @@ def _at_risk(recorded: Any, validation: Any, calibration: Any, measure: Measure,
     threshold = walks.calibrated(validation, calibration, measure, level)
     if threshold is None:
         return None
-    walked = recorded.walked.upto(validation.steps)
+    recorded = recorded.upto(validation.steps)
+    walked = recorded.walked
     stops = frontier.by_unrest(walked, measure, threshold)
-    useful, spent = replace(recorded, walked=walked).flops(stops, Readout(measure=measure, threshold=threshold))
+    useful, spent = recorded.flops(stops, Readout(measure=measure, threshold=threshold))
     return {
         "frontier": f"{measure} at risk {level:g}",
         "setting": threshold,

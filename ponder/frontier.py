@@ -6,7 +6,8 @@ stop per lane, `[N]` in 1..K, is all that an exit comes to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,11 @@ class Walked:
         """K."""
         return len(self.loss)
 
+    @functools.cached_property
+    def asked(self) -> int:
+        """Number of questions: those with a lane that has a target."""
+        return len(np.unique(self.question[self.target]))
+
     def at(self, values: np.ndarray, stops: Stops) -> np.ndarray:
         """[N]: `values` [K, N] at each lane's stop."""
         return np.take_along_axis(values, stops[None] - 1, axis=0)[0]
@@ -53,23 +59,9 @@ class Walked:
     def upto(self, steps: int) -> Walked:
         """The first steps of the walk; `agrees` still speaks of the whole walk's last answer."""
 
-        def cut(values: np.ndarray | None) -> np.ndarray | None:
-            return None if values is None else values[:steps]
-
-        return Walked(
-            loss=self.loss[:steps],
-            correct=self.correct[:steps],
-            agrees=self.agrees[:steps],
-            confidence=self.confidence[:steps],
-            unrest={name: values[:steps] for name, values in self.unrest.items()},
-            halt=cut(self.halt),
-            go=cut(self.go),
-            norm=self.norm[:steps],
-            target=self.target,
-            difficulty=self.difficulty,
-            question=self.question,
-            keys=self.keys,
-        )
+        by_step = ("loss", "correct", "agrees", "confidence", "halt", "go", "norm")
+        cut = {name: values[:steps] for name in by_step if (values := getattr(self, name)) is not None}
+        return replace(self, **cut, unrest={name: values[:steps] for name, values in self.unrest.items()})
 
 
 class Point(NamedTuple):

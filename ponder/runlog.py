@@ -73,8 +73,5 @@ class RunLog:
 
 def _in_a_line(row: Row) -> str:
     """An exit that is read off the walk."""
-    headline = (
-        f"{row['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in row else f"accuracy {row['accuracy']:.4f}"
-    )
     flops = f"{writers.quantity(row['useful_flops'])}FLOP useful"
-    return f"{row['split']}, exit {row['exit']}: {headline}, {row['steps']:.2f} steps, {flops}"
+    return f"{row['split']}, exit {row['exit']}: accuracy {row['accuracy']:.4f}, {row['steps']:.2f} steps, {flops}"

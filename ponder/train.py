@@ -149,8 +149,9 @@ def finish(
         if split in config.task.splits:
             rows += held_out.evaluate(split, state, config.training.steps, None)
     log.write(rows)
+    walker = walks.Walker(run, held_out)
     walked = [
-        walks.final(run, params, held_out) if config.evaluation.walk else ([], {})
+        walks.final(walker, config, params) if config.evaluation.walk else ([], {})
         for params in evaluation.unstack(steps.evaluated(state), config.seeds)
     ]
     results = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
@@ -10,16 +11,15 @@ import numpy as np
 from flax import nnx
 
 from ponder import compute, frontier, risk, sharding
-from ponder.config import Config
+from ponder.config import Config, check_depth
 from ponder.data.batch import Batch
-from ponder.errors import UserError
 from ponder.evaluation import HeldOut, keys_seen
-from ponder.frontier import Point, Stops, Walked
+from ponder.frontier import Stops, Walked
 from ponder.halting.classifier import Classifier
 from ponder.halting.correctness import Correctness
 from ponder.halting.fixed import Fixed
 from ponder.halting.readout import Readout
-from ponder.models.config import Transformer
+from ponder.models.config import shares_steps
 from ponder.objectives.ponder import lane_mask, thinking_lanes
 from ponder.objectives.walk import walk
 from ponder.program import Program
@@ -41,6 +41,10 @@ class Recorded:
     length: int
     shares_steps: bool  # stopped lanes would have shown other keys: then the walk is an approximation
 
+    def upto(self, steps: int) -> Recorded:
+        """The first steps of the walk."""
+        return dataclasses.replace(self, walked=self.walked.upto(steps))
+
     def flops(self, stops: Stops, rule: Rule, executed: int | None = None) -> tuple[float, float]:
         """(useful, spent) a question, where lanes stop so and `rule` looks at what it needs at every step.
 
@@ -48,7 +52,6 @@ class Recorded:
         """
         walked, steps = self.walked, float(stops.sum())
         model = dataclasses.replace(self.config.model, steps=executed or walked.steps)
-        questions = len(np.unique(walked.question[walked.target]))
         useful, spent = compute.inference_flops(
             dataclasses.replace(self.config, rule=rule, model=model),
             lanes=self.lanes,
@@ -59,53 +62,62 @@ class Recorded:
             length=self.length,
             padding=self.padding,
         )
-        return useful / questions, spent / questions
+        return useful / walked.asked, spent / walked.asked
 
 
-def record(
-    run: Program, params: Any, held_out: HeldOut, split: str, steps: int | None = None, limit: int | None = None
-) -> Recorded:
-    """Walk `steps` steps (None: as many as the model was trained for) over a split of a run of one seed.
+class Walker:
+    """Walks over splits of a run, one program for each number of steps."""
 
-    Raises UserError where the model has no parameters for so many steps.
-    """
-    config = run.config
-    steps = config.model.steps if steps is None else steps
-    check_depth(config, steps)
-    heads = frozenset(HEADS[name] for name in config.rule.needs if name in HEADS)
-    model: Any = nnx.merge(run.graphdef, params)
+    def __init__(self, run: Program, held_out: HeldOut):
+        self._run, self._held_out = run, held_out
+        self._compiled: dict[int, Callable[[Any, Batch], Any]] = {}
 
-    def one(params: Any, batch: Batch) -> Any:
-        model = nnx.merge(run.graphdef, params)
+    def record(self, params: Any, split: str, steps: int | None = None, limit: int | None = None) -> Recorded:
+        """Walk `steps` steps (None: as many as the model was trained for) over a split, with parameters of one seed.
+
+        Raises UserError where the model has no parameters for so many steps.
+        """
+        run, config = self._run, self._run.config
+        steps = config.model.steps if steps is None else steps
+        check_depth(config.model, steps)
+        if steps not in self._compiled:
+            self._compiled[steps] = self._compile(steps)
+        parts: list[tuple[Any, Any]] = []
+        lanes, padding, keys, questions, length = 0, 0, 0.0, 0, 0
+        for batch in self._held_out.batches(split, limit):
+            answer = self._compiled[steps](params, run.put(batch, seeds=False))
+            walked, thinks, real, seen, batch = jax.tree.map(np.asarray, answer)
+            length = batch.segments.shape[1]
+            rows = np.arange(len(batch.segments)) + questions
+            question = rows if batch.targets.ndim == 1 else rows[:, None] * (length + 1) + batch.segments
+            questions += len(rows)
+            chosen = jax.tree.map(lambda leaf, thinks=thinks: leaf[:, thinks], walked._asdict())
+            own = {"target": batch.weights > 0, "difficulty": batch.difficulty, "question": question, "keys": seen}
+            parts.append((chosen, {name: values[thinks] for name, values in own.items()}))
+            lanes, padding = lanes + int(real.sum()), padding + int((~real).sum())
+            keys += float((seen * real).sum())
+        by_step: dict[str, Any] = jax.tree.map(
+            lambda *leaves: np.concatenate(leaves, axis=1), *(chosen for chosen, _ in parts)
+        )
+        by_lane: dict[str, Any] = {name: np.concatenate([own[name] for _, own in parts]) for name in parts[0][1]}
+        by_lane["question"] = np.unique(by_lane["question"], return_inverse=True)[1]
+        walked = Walked(**by_step, **by_lane)
+        return Recorded(walked, config, lanes, padding, keys / max(lanes, 1), length, shares_steps(config.model))
+
+    def _compile(self, steps: int) -> Callable[[Any, Batch], Any]:
+        """`(params, batch) -> (walk, lanes that think, that are real, keys that they see, batch)`."""
+        graphdef, config = self._run.graphdef, self._run.config
+        heads = frozenset(HEADS[name] for name in config.rule.needs if name in HEADS)
         # Written out, many steps take long to compile.
         unroll = config.model.unroll and steps <= 2 * config.model.steps
-        walked = walk(model, batch, jax.random.key(config.seed), steps=steps, heads=heads, unroll=unroll)
-        return walked, thinking_lanes(model, batch), lane_mask(batch), keys_seen(config, batch), batch
 
-    # Whole on every process, the batch as well: each of them has read its share of it alone.
-    compiled = jax.jit(one, out_shardings=sharding.replicated(run.mesh))
-    parts: list[tuple[Any, Any]] = []
-    lanes, padding, keys, questions, length = 0, 0, 0.0, 0, 0
-    for batch in held_out.batches(split, limit):
-        walked, thinks, real, seen, batch = jax.tree.map(np.asarray, compiled(params, run.put(batch, seeds=False)))
-        target = (batch.weights > 0)[thinks]
-        length = batch.segments.shape[1]
-        rows = np.arange(len(batch.segments)) + questions
-        question = rows if batch.targets.ndim == 1 else rows[:, None] * (length + 1) + batch.segments
-        questions += len(rows)
-        chosen = jax.tree.map(lambda leaf, thinks=thinks: leaf[:, thinks], walked._asdict())
-        own = {"target": target, "difficulty": batch.difficulty[thinks], "question": question[thinks]}
-        parts.append((chosen, own | {"keys": seen[thinks]}))
-        lanes, padding = lanes + int(real.sum()), padding + int((~real).sum())
-        keys += float((seen * real).sum())
-    by_step: dict[str, Any] = jax.tree.map(
-        lambda *leaves: np.concatenate(leaves, axis=1), *(chosen for chosen, _ in parts)
-    )
-    by_lane: dict[str, Any] = {name: np.concatenate([own[name] for _, own in parts]) for name in parts[0][1]}
-    by_lane["question"] = np.unique(by_lane["question"], return_inverse=True)[1]
-    return Recorded(
-        Walked(**by_step, **by_lane), config, lanes, padding, keys / max(lanes, 1), length, bool(model.shares_steps)
-    )
+        def one(params: Any, batch: Batch) -> Any:
+            model = nnx.merge(graphdef, params)
+            walked = walk(model, batch, jax.random.key(config.seed), steps=steps, heads=heads, unroll=unroll)
+            return walked, thinking_lanes(model, batch), lane_mask(batch), keys_seen(config, batch), batch
+
+        # Whole on every process, the batch as well: each of them has read its share of it alone.
+        return jax.jit(one, out_shardings=sharding.replicated(self._run.mesh))
 
 
 def can_walk(config: Config) -> bool:
@@ -114,49 +126,44 @@ def can_walk(config: Config) -> bool:
     return config.rule.mixes != "states" and config.task.unit != "bits"
 
 
-def check_depth(config: Config, steps: int) -> None:
-    """Raises UserError where a model cannot run so many steps."""
-    if steps < 1:
-        raise UserError(f"{steps} thinking steps: at least 1 is needed")
-    if isinstance(config.model, Transformer) and not config.model.tied and steps > config.model.steps:
-        raise UserError(
-            f"model.tied is False: each of its {config.model.steps} steps has parameters of its own, "
-            f"and there are none for step {steps}"
-        )
-
-
 def rows(recorded: Recorded, depths: tuple[int, ...] = (), points: int = 17) -> list[Row]:
     """Every exit on one walk: fixed depths, all readouts over their thresholds, the rule's own head, the oracle.
 
-    Thresholds are quantiles of what was measured, so that they spread the stops; they choose nothing. `frontier` is
-    the name of the exit; FLOPs are those of a rule that looks at what this exit needs.
+    Fixed depths go to the end of the walk, the other exits to the trained depth: what they come to does not hang on how
+    deep one looked. Thresholds are quantiles of what was measured, so that they spread the stops; they choose nothing.
+    `frontier` is the name of the exit; FLOPs are those of a rule that looks at what this exit needs.
     """
-    walked, trained = recorded.walked, recorded.config.model.steps
+    trained = min(recorded.config.model.steps, recorded.walked.steps)
+    short = recorded.upto(trained)
+    walked = short.walked
     found = []
 
-    def add(exit: str, setting: float | int | None, stops: Stops, rule: Rule) -> None:
-        point: Point = frontier.outcome(walked, stops)
-        useful, spent = recorded.flops(stops, rule, int(stops.max()) if exit == "fixed" else None)
-        target = walked.target
+    def add(exit: str, setting: float | int | None, stops: Stops, rule: Rule, within: Recorded = short) -> None:
+        useful, spent = within.flops(stops, rule, int(stops.max()) if exit == "fixed" else None)
+        target = within.walked.target
+        sure, right = (
+            within.walked.at(values, stops)[target] for values in (within.walked.confidence, within.walked.correct)
+        )
         found.append(
-            {"frontier": exit, "setting": setting, **point._asdict(), "useful_flops": useful, "spent_flops": spent}
-            | {
-                "rank_correlation": frontier.rank_correlation(stops[target], walked.difficulty[target]),
-                "calibration_error": frontier.calibration_error(
-                    walked.at(walked.confidence, stops)[target], walked.at(walked.correct, stops)[target]
-                ),
+            {
+                "frontier": exit,
+                "setting": setting,
+                **frontier.outcome(within.walked, stops)._asdict(),
+                "useful_flops": useful,
+                "spent_flops": spent,
+                "rank_correlation": frontier.rank_correlation(stops[target], within.walked.difficulty[target]),
+                "calibration_error": frontier.calibration_error(sure, right),
             }
         )
 
-    for steps in sorted({*range(1, min(trained, walked.steps) + 1), *depths, walked.steps}):
-        add("fixed", steps, frontier.fixed(walked, steps), Fixed())
+    for steps in sorted({*range(1, trained + 1), *depths, recorded.walked.steps}):
+        add("fixed", steps, frontier.fixed(recorded.walked, steps), Fixed(), recorded)
     for measure in get_args(Measure):
-        settings = frontier.thresholds(walked.unrest[measure][:trained][:, walked.target], points)
-        for threshold in settings:
+        for threshold in frontier.thresholds(walked.unrest[measure][:, walked.target], points):
             rule = Readout(measure=measure, threshold=float(threshold))
             add(measure, float(threshold), frontier.by_unrest(walked, measure, threshold), rule)
     own = recorded.config.rule
-    if walked.halt is not None and own.mixes != "states":
+    if walked.halt is not None:
         stops_at = frontier.by_probability if isinstance(own, Correctness | Classifier) else frontier.by_quantile
         for threshold in np.linspace(0.05, 0.95, points):
             add("head", float(threshold), stops_at(walked, float(threshold)), own)
@@ -167,8 +174,10 @@ def rows(recorded: Recorded, depths: tuple[int, ...] = (), points: int = 17) -> 
 
 
 def summary(found: list[Row], recorded: Recorded) -> Row:
-    """Of the rows of one walk: regret of the best exits to oracle and to the best fixed depth, norms by step."""
-    fixed = [row for row in found if row["frontier"] == "fixed"]
+    """Of the rows of one walk: the best depth for everybody up to the trained one, chosen on this very split, its
+    regret to the oracle, and the state's norm at each step."""
+    trained = recorded.config.model.steps
+    fixed = [row for row in found if row["frontier"] == "fixed" and row["setting"] <= trained]
     best = max(fixed, key=lambda row: (row["accuracy"], -row["steps"]))
     oracle = next(row for row in found if row["frontier"] == "oracle")
     target = recorded.walked.target
@@ -181,14 +190,13 @@ def summary(found: list[Row], recorded: Recorded) -> Row:
     }
 
 
-def final(run: Program, params: Any, held_out: HeldOut) -> tuple[list[Row], Row]:
+def final(walker: Walker, config: Config, params: Any) -> tuple[list[Row], Row]:
     """The walks at the end of a run of one seed, as `config.evaluation` asks.
 
     Returns:
       Evaluation rows of the calibrated readouts and of the oracle, in the form of `ponder.evaluation.summarise`; and
       the frontier of the headline split: `{"split", "rows", **summary}`.
     """
-    config = run.config
     asked = config.evaluation
     splits = [split for split in asked.splits if split in config.task.splits]
     if not can_walk(config):
@@ -200,15 +208,15 @@ def final(run: Program, params: Any, held_out: HeldOut) -> tuple[list[Row], Row]
     found, curve = [], {}
     exits: list[tuple[Measure, float | None]] = []
     if asked.readouts:
-        validation, calibration = (record(run, params, held_out, each).walked for each in ("validation", "calibration"))
+        validation, calibration = (walker.record(params, each).walked for each in ("validation", "calibration"))
         for measure in asked.readouts:
             exits.append((measure, calibrated(validation, calibration, measure, asked.risk)))
     for split in splits:
-        recorded = record(run, params, held_out, split, depth if split == headline else None)
+        recorded = walker.record(params, split, depth if split == headline else None)
         if split == headline:
             points = rows(recorded, asked.depths)
             curve = {"split": split, "rows": points, **summary(points, recorded)}
-            recorded = dataclasses.replace(recorded, walked=recorded.walked.upto(config.model.steps))
+            recorded = recorded.upto(config.model.steps)
         walked = recorded.walked
         for measure, threshold in exits:
             rule = Readout(measure=measure)
@@ -226,11 +234,11 @@ def final(run: Program, params: Any, held_out: HeldOut) -> tuple[list[Row], Row]
 def _evaluation(recorded: Recorded, split: str, exit: str, stops: Stops, rule: Rule) -> Row:
     walked, point = recorded.walked, frontier.outcome(recorded.walked, stops)
     useful, spent = recorded.flops(stops, rule)
-    row: Row = {
+    return {
         "kind": "evaluation",
         "split": split,
         "exit": exit,
-        "examples": len(np.unique(walked.question[walked.target])),
+        "examples": walked.asked,
         "targets": int(walked.target.sum()),
         "accuracy": point.accuracy,
         "token_accuracy": point.lane_accuracy,
@@ -241,11 +249,8 @@ def _evaluation(recorded: Recorded, split: str, exit: str, stops: Stops, rule: R
         "useful_flops": useful,
         "spent_flops": spent,
         "by_difficulty": frontier.by_difficulty(walked, stops),
+        "approximate": recorded.shares_steps,
     }
-    if recorded.config.task.unit == "bits":
-        row["accuracy"] = point.lane_accuracy
-        row["bits_per_byte"] = point.loss / float(np.log(2))
-    return row
 
 
 def broken(walked: Walked, stops: Stops) -> np.ndarray:

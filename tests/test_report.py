@@ -207,6 +207,24 @@ def test_no_claim_in_words_when_the_interval_holds_zero() -> None:
     assert "better" not in render.markdown(made) and "worse" not in render.markdown(made)
 
 
+def test_the_oracle_is_shown_and_claims_nothing() -> None:
+    """Nor does a readout of a fixed depth stand for that depth in the frontier."""
+    entries = {arm: synthetic.results_of(arm, 3) for arm in ("fixed2", "fixed4", "act")}
+    before = {(line.arm, line.exit): line.versus for line in lines_of(entries).lines}
+    for entry in (*entries["act"], *entries["fixed4"]):
+        own = next(row for row in entry["evaluations"] if row["split"] == "test")
+        told = own | {"exit": "oracle", "accuracy": 1.0, "useful_flops": own["useful_flops"] * 1.01}
+        entry["evaluations"].append(told)
+        if entry in entries["fixed4"]:
+            entry["evaluations"].append(told | {"exit": "margin", "accuracy": 0.5})
+    made = lines_of(entries)
+    after = {(line.arm, line.exit): line.versus for line in made.lines}
+    assert after["act", "oracle"] is None and "oracle" not in " ".join(table.claims(made))
+    assert {key: after[key] for key in before} == before
+    assert not next(line for line in made.lines if line.exit == "margin").is_fixed
+    assert any(claim.startswith("fixed4, exit margin: ") for claim in table.claims(made))
+
+
 def test_fewer_bits_are_better() -> None:
     entries = {arm: synthetic.results_of(arm, 3, bits=True) for arm in ("fixed2", "fixed4")}
     for bits, word in ((1.9, "better"), (2.5, "worse")):

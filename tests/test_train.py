@@ -17,7 +17,9 @@ from tiny import as_users_run  # noqa: F401
 
 import ponder
 from ponder import checkpoint, evaluation, metrics, program, records
+from ponder.config import Depth
 from ponder.errors import DivergedError, UserError
+from ponder.halting.correctness import Correctness
 from ponder.writers import read_rows
 
 
@@ -132,11 +134,20 @@ def test_another_experiment_in_the_workdir_is_refused(finished) -> None:
         ("optim__schedule", "cosin", "optim.schedule is 'cosin': one of constant, cosine, linear"),
         ("logging__writers", ("tensorbord",), "logging.writers is 'tensorbord': one of tensorboard, wandb"),
         ("rule__exit", "quantil", "rule.exit is 'quantil': one of quantile, bernoulli"),
+        ("training__freeze", True, "training.freeze is on, but Correctness is taught by steps taken after the stop"),
+        ("evaluation__readouts", ("margin",), "evaluation.readouts need tokens that do not see each other's steps"),
+        ("evaluation__depths", (16,), "model.tied is False: each of its 2 steps has parameters of its own"),
+        ("training__depth", Depth(), "training.depth is set, but PonderNet has a head"),
         ("model__causal", False, "model.causal is False, but Addition asks each token for the next"),
     ],
 )
 def test_a_library_user_is_told_as_a_user_of_the_command_line_is(tmp_path, field: str, value, says: str) -> None:
     made, (group, name) = copy.deepcopy(tiny.CONFIG), field.split("__")
+    object.__setattr__(made.evaluation, "walk", True)
+    if name == "freeze":
+        object.__setattr__(made, "rule", Correctness())
+    if name == "depths":
+        object.__setattr__(made.model, "tied", False)
     object.__setattr__(getattr(made, group), name, value)  # past the type checker, which only tests have
     with pytest.raises(UserError, match=re.escape(says)):
         ponder.train(made, tmp_path / "w")

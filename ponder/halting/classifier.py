@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from etils import epy
 from jaxtyping import Bool, Float, Int
 
-from ponder.errors import UserError
 from ponder.halting.correctness import binary_cross_entropy
-from ponder.halting.supervised import Emphasis, Supervised
+from ponder.halting.supervised import Emphasis, Supervised, log_odds
 from ponder.protocols import Path, Seen
 
 with epy.lazy_imports():
@@ -40,16 +38,14 @@ class Classifier(Supervised):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.threshold < 1:
-            raise UserError(f"threshold of Classifier is {self.threshold}: it must lie between 0 and 1")
-        if not (self.weight >= 0 and math.isfinite(self.weight)):
-            raise UserError(f"weight of Classifier is {self.weight}: it must be finite and not negative")
+        self._check_shares("threshold")
+        self._check_factors("weight")
 
     def decide(
         self, own: tuple[()], seen: Seen, k: Int[jax.Array, "*n"], key: jax.Array
     ) -> tuple[tuple[()], Bool[jax.Array, "*n"]]:
         assert seen.halt is not None
-        return own, seen.halt >= math.log(self.threshold) - math.log1p(-self.threshold)
+        return own, seen.halt >= log_odds(self.threshold)
 
     def lesson(self, path: Path) -> Float[jax.Array, "K *n"]:
         """Balanced cross entropy at steps before the last, which stops anyway."""

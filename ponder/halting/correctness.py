@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from etils import epy
 from jaxtyping import Bool, Float, Int
 
-from ponder.errors import UserError
-from ponder.halting.supervised import Supervised
+from ponder.halting.supervised import Supervised, log_odds
 from ponder.protocols import Path, Seen
 
 with epy.lazy_imports():
@@ -50,12 +48,9 @@ class Correctness(Supervised):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.threshold < 1:
-            raise UserError(f"threshold of Correctness is {self.threshold}: it must lie between 0 and 1")
-        if not 0 <= self.exploration <= 1:
-            raise UserError(f"exploration of Correctness is {self.exploration}: it must lie between 0 and 1")
-        if not (self.weight >= 0 and math.isfinite(self.weight)):
-            raise UserError(f"weight of Correctness is {self.weight}: it must be finite and not negative")
+        self._check_shares("threshold")
+        self._check_shares("exploration", closed=True)
+        self._check_factors("weight")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -79,7 +74,7 @@ class Correctness(Supervised):
             assert seen.go is not None
             decided = seen.halt > seen.go
         else:
-            decided = seen.halt >= math.log(self.threshold) - math.log1p(-self.threshold)
+            decided = seen.halt >= log_odds(self.threshold)
         return own, decided & (k >= own.fewest)
 
     def _fewest(self, steps: Int[jax.Array, "*n"], key: jax.Array) -> Int[jax.Array, "*n"]:

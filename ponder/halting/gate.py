@@ -9,7 +9,6 @@ from typing import ClassVar
 from etils import epy
 from jaxtyping import Bool, Float, Int
 
-from ponder.errors import UserError
 from ponder.halting.correctness import binary_cross_entropy
 from ponder.halting.supervised import Supervised
 from ponder.protocols import Path, Seen
@@ -25,10 +24,10 @@ class Gate(Supervised):
 
     Stage one is `PonderNet(shape="uniform")`: losses weighted by the exit distribution, which is held near the uniform
     one. Stage two trains the halting head as a probe: its gradient does not reach the state. Here both go on at once,
-    and the steps' answers are trained at even shares. Going on from step k is
-    right in so far as it lowers that lane's loss: w_k = sigmoid(slope (L_k - L_{k+1} - margin)), and the loss is the
-    cross entropy of 1 - lambda_k against w_k. At inference a lane stops where the cumulative probability of having
-    stopped, 1 - prod (1 - lambda_j), reaches the quantile.
+    and the steps' answers are trained at even shares. Going on from step k is right in so far as it lowers that lane's
+    loss: w_k = sigmoid(slope (L_k - L_{k+1} - margin)), and the loss is the cross entropy of 1 - lambda_k against w_k.
+    At inference a lane stops where the cumulative probability of having stopped, 1 - prod (1 - lambda_j), reaches the
+    quantile.
     """
 
     slope: float = 50.0
@@ -45,11 +44,8 @@ class Gate(Supervised):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.quantile < 1:
-            raise UserError(f"quantile of Gate is {self.quantile}: it must lie between 0 and 1")
-        for name in ("slope", "margin", "weight"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise UserError(f"{name} of Gate is {getattr(self, name)}: it must be finite and not negative")
+        self._check_shares("quantile")
+        self._check_factors("slope", "margin", "weight")
 
     def remember(self, lanes: tuple[int, ...], steps: int, seen: Seen) -> Float[jax.Array, "*n"]:
         """log prod (1 - lambda_j) over the steps run, fp32."""

@@ -7,6 +7,7 @@ head can stop: see `ponder.halting.readout`, `classifier` and `correctness`, whi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -86,6 +87,20 @@ class Supervised:
         """Memory after step `k`, and whether the lane may stop there."""
         return own, jnp.zeros(k.shape, bool)
 
+    def _check_shares(self, *names: str, closed: bool = False) -> None:
+        """Raises UserError where one of these fields is not a share: between 0 and 1, or `closed` these, too."""
+        for name in names:
+            value = getattr(self, name)
+            if not (0 < value < 1 or (closed and value in (0, 1))):
+                raise UserError(f"{name} of {type(self).__name__} is {value}: it must lie between 0 and 1")
+
+    def _check_factors(self, *names: str) -> None:
+        """Raises UserError where one of these fields is no finite number of at least 0."""
+        for name in names:
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise UserError(f"{name} of {type(self).__name__} is {value}: it must be finite and not negative")
+
     def _shares(
         self, k: Int[jax.Array, "*n"], steps: Int[jax.Array, "*n"]
     ) -> tuple[Float[jax.Array, "*n"], Float[jax.Array, "*n"]]:
@@ -95,3 +110,8 @@ class Supervised:
             return 1.0 / steps, (steps - k + 1.0) / steps
         whole = steps * (steps + 1.0)
         return 2.0 * k / whole, (whole - (k - 1.0) * k) / whole
+
+
+def log_odds(probability: float) -> float:
+    """The logit that stands for a probability between 0 and 1."""
+    return math.log(probability) - math.log1p(-probability)

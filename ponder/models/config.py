@@ -72,6 +72,12 @@ class Recurrent(ModelConfig):
     d_model: int = 128
 
 
+def shares_steps(config: ModelConfig) -> bool:
+    """Whether a lane's steps reach other lanes: the prelude's keys do not tell what a lane thought after it, but a coda
+    reads what all lanes thought. Examples of a recurrent cell do not meet."""
+    return isinstance(config, Transformer) and (config.kv != "first" or config.coda_layers > 0)
+
+
 def heads(needs: frozenset[str]) -> dict[str, bool]:
     """The heads that a model must have for a rule that `needs` these (`Rule.needs`), as fields of its configuration."""
     return {"halting_head": bool(needs & {"halt", "probe"}), "continue_head": "go" in needs}

@@ -53,8 +53,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: configs.Transformer, shape: Shape, key: jax.Array, dtype: DTypeLike):
         self.config, self.dtype, self.steps = config, jnp.dtype(dtype), config.steps
-        # Keys of the prelude do not tell what a lane thought after it; a coda reads what all lanes thought.
-        self.shares_steps = config.kv != "first" or config.coda_layers > 0
+        self.shares_steps = configs.shares_steps(config)
         sizes = Sizes.of(config)
         size, keys = config.d_model, jax.random.split(key, 6)
 

@@ -44,7 +44,7 @@ def walk(
         return (
             cross_entropy(logits, batch.targets),
             jnp.argmax(logits, axis=-1),
-            jax.nn.softmax(logits).max(axis=-1),
+            jnp.nan_to_num(jax.nn.softmax(logits).max(axis=-1)),  # what is not finite is sure of nothing
             moment.carry.unrest,
             moment.seen.halt,
             moment.seen.go,

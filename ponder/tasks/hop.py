@@ -29,6 +29,11 @@ import numpy as np
 from ponder.errors import UserError
 from ponder.tasks.task import Rows, Shape, Task, check_question_count, check_row_counts, drawn, padded_rows
 
+LATENT_THOUGHTS = (
+    "@inproceedings{saunshi2025reasoning, title={Reasoning with Latent Thoughts: On the Power of Looped Transformers}, "
+    "author={Saunshi, Nikunj and Dikkala, Nishanth and Li, Zhiyuan and Kumar, Sanjiv and Reddi, Sashank J.}, "
+    "booktitle={ICLR}, year={2025}}"
+)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -80,11 +85,7 @@ class Hop(Task):
 
     @property
     def citation(self) -> str:
-        return (
-            "@inproceedings{saunshi2025reasoning, title={Reasoning with Latent Thoughts: On the Power of Looped "
-            "Transformers}, author={Saunshi, Nikunj and Dikkala, Nishanth and Li, Zhiyuan and Kumar, Sanjiv and Reddi, "
-            "Sashank J.}, booktitle={ICLR}, year={2025}}"
-        )
+        return LATENT_THOUGHTS
 
     def rows(self, split: str) -> Iterator[Rows]:
         fewest, most = 1, self.hops

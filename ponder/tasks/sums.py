@@ -22,6 +22,7 @@ from typing import ClassVar
 import numpy as np
 
 from ponder.errors import UserError
+from ponder.tasks.hop import LATENT_THOUGHTS
 from ponder.tasks.task import Rows, Shape, Task, check_question_count, check_row_counts, drawn, padded_rows
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -74,11 +75,7 @@ class Sums(Task):
 
     @property
     def citation(self) -> str:
-        return (
-            "@inproceedings{saunshi2025reasoning, title={Reasoning with Latent Thoughts: On the Power of Looped "
-            "Transformers}, author={Saunshi, Nikunj and Dikkala, Nishanth and Li, Zhiyuan and Kumar, Sanjiv and Reddi, "
-            "Sashank J.}, booktitle={ICLR}, year={2025}}"
-        )
+        return LATENT_THOUGHTS
 
     def rows(self, split: str) -> Iterator[Rows]:
         fewest, most = 2, self.operands
