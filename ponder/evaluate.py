@@ -23,7 +23,7 @@ from ponder import cli, records
 from ponder.config import Mesh, check_depth
 from ponder.errors import UserError
 from ponder.halting.readout import Readout
-from ponder.models.config import shares_steps
+from ponder.models.config import meets_stopped
 from ponder.protocols import Measure
 from ponder.serialization import nearest
 
@@ -102,8 +102,11 @@ def evaluate(
             f"{type(config.rule).__name__} on {type(config.task).__name__} has no walk: rules that mix states answer "
             "with no single step, and tasks in bits have no questions that are right or wrong"
         )
-    if risk is not None and shares_steps(config.model):
-        raise UserError("--risk needs tokens that do not see each other's steps: of this model a walk is no promise")
+    if risk is not None and meets_stopped(config.model):
+        raise UserError(
+            "--risk needs tokens that do not see each other's steps, or stop together: of this model a walk is no "
+            "promise"
+        )
     for name in rule:
         if name not in EXITS:
             raise UserError(f"there is no exit {name!r}{nearest(name, EXITS)}")

@@ -16,7 +16,7 @@ from ponder.config import Config
 from ponder.data import feed
 from ponder.data.batch import Batch
 from ponder.models.attention import visible
-from ponder.models.config import Transformer
+from ponder.models.config import TokenModel
 from ponder.objectives.ponder import lane_mask, ponder_loss, predict
 from ponder.step import TrainState, evaluated
 from ponder.tasks.task import Rows
@@ -107,7 +107,7 @@ def make_evaluate_step(graphdef: Any, config: Config) -> Callable[[Any, Batch, j
 
 def keys_seen(config: Config, batch: Batch) -> Float[Array, "*n"]:
     """Keys that each lane attends to, itself included; 1 where lanes do not attend."""
-    if not isinstance(config.model, Transformer):
+    if not isinstance(config.model, TokenModel):
         return jnp.ones(batch.targets.shape, jnp.float32)
     return visible(batch.segments, config.model.causal).sum(-1).astype(jnp.float32)
 

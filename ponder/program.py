@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from ponder import evaluation, models, sharding
+from ponder import deep_supervision, evaluation, models, sharding, step
 from ponder.config import Config
 from ponder.data.batch import Batch
 from ponder.models.layers import logical_axes
 from ponder.optim import make_optimizer, schedule
-from ponder.step import Metrics, TrainState, initial_state, make_train_step, over_seeds
+from ponder.step import Metrics, TrainState, initial_state, over_seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,9 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
     abstract_model = nnx.eval_shape(lambda: make_model(jax.random.key(0)))
     graphdef, _ = nnx.split(abstract_model, nnx.Param)
     axes = logical_axes(abstract_model)
-    optimizer = make_optimizer(config.optim, config.training.steps, axes)
+    per_batch = deep_supervision.updates_per_batch(config)
+    optimizer = make_optimizer(config.optim, config.training.steps * per_batch, axes)
+    training = {"batch": step, "step": deep_supervision}[config.training.updates]
 
     # Three streams of one key a seed: initial parameters, training steps, evaluation.
     init_key, train_key, evaluation_key = over_seeds(streams, config.seeds, (0,))(
@@ -83,7 +85,7 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
         average=None if abstract.average is None else of_params,
     )
     train_step = jax.jit(
-        over_seeds(make_train_step(graphdef, optimizer, config), config.seeds, (0, 0, 0)),
+        over_seeds(training.make_train_step(graphdef, optimizer, config), config.seeds, (0, 0, 0)),
         donate_argnums=0,
         out_shardings=(shardings, whole),
     )
@@ -91,7 +93,7 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
         over_seeds(evaluation.make_evaluate_step(graphdef, config), config.seeds, (0, None, 0, None)),
         out_shardings=whole,
     )
-    rate = schedule(config.optim, config.training.steps)
+    rate = schedule(config.optim, config.training.steps * per_batch)
     return Program(
         config=config,
         mesh=mesh,
@@ -102,7 +104,7 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
         initial_state=lambda: jax.jit(init, out_shardings=shardings)(init_key),
         train_step=lambda state, batch: train_step(state, batch, train_key),
         evaluate_step=lambda params, batch, i: evaluate_step(params, batch, evaluation_key, i),
-        learning_rate=lambda step: float(rate(step)),
+        learning_rate=lambda step: float(rate(step * per_batch)),
         compiled=train_step._cache_size,  # type: ignore[attr-defined]
         abstract_model=abstract_model,
     )

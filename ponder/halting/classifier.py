@@ -35,6 +35,7 @@ class Classifier(Supervised):
 
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
     known_exits: ClassVar[tuple[str, ...]] = ("threshold", "last")
+    steps_alone: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -57,6 +57,11 @@ class Correctness(Supervised):
         return frozenset({"halt", "go"} if self.continue_target else {"halt"})
 
     @property
+    def steps_alone(self) -> bool:  # type: ignore[override]
+        """The value of going on is taught by the step after."""
+        return not self.continue_target
+
+    @property
     def exits(self) -> tuple[str, ...]:
         """Without exploration, which is for training."""
         return ("threshold", "last")
