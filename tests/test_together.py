@@ -56,7 +56,7 @@ def test_an_example_halts_as_one_lane_with_the_mean_of_its_logits(rule: Any, fre
 
 def test_a_random_exit_is_drawn_once_for_an_example() -> None:
     """As often as one lane would stop, not only where all draws agree."""
-    rule = PonderNet(prior=0.5, exit="sample")
+    rule = PonderNet(prior=0.5, exit="bernoulli")
     table = np.full((4, 2, 6), -0.4, np.float32)
     steps = jax.vmap(lambda key: run(rule, table, GROUP, MASK, True, key).steps)(jnp.arange(400))
     for row, lanes in EXAMPLES:
