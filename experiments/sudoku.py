@@ -1,9 +1,9 @@
 """Sudoku 6 x 6: does recursion between two states buy more than looping one, or than no recursion at all?
 
 Grids of test are in no way those of training: not relabelled, reordered or transposed. `trm` and `hrm` are the
-two-state models with an optimizer update after every supervision step (HRM's gradient goes through the last update of
-each state alone; its second value, of going on, needs the step after and so has its updates by the batch), `looped` is a
-transformer of equal parameters applied as often, and `feedforward` the same parameters applied once. All see the whole
+two-state models: TRM with an optimizer update after every supervision step, HRM with a gradient through the last update
+of each state alone and updates by the batch, since its second value, of going on, is taught by the step after. `looped`
+is a transformer of equal parameters applied as often, `feedforward` the same parameters applied once. All see the whole
 grid, all halt by example, and all train for equal FLOPs.
 
 Run:    python -m ponder.train  --config=experiments/sudoku.py:arm=trm --workdir=runs/sudoku

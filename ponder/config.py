@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ponder import sweep
 from ponder.errors import UserError
 from ponder.models.config import ModelConfig, TokenModel, Transformer, meets_stopped
 from ponder.protocols import Measure, Rule, Taught
@@ -130,6 +131,9 @@ class Config:
     seed: int = 0
     seeds: int = 1
     """Train this many seeds (seed, seed + 1, ...) at once, as a vmapped axis. Pays on accelerators, not on CPU."""
+    sweep: tuple[str, ...] = ()
+    """Train these settings of numbers at once, too, all seeds of each: "rule.prior=0.1 optim.lr=3e-4" is one (see
+    `ponder.sweep`). A member that diverges ends them all."""
 
 
 # What may differ when a workdir is resumed; everything else is refused with the difference.
@@ -220,6 +224,7 @@ def validate(config: Config) -> None:
             raise UserError(message)
     for depth in config.evaluation.depths:
         check_depth(model, depth)
+    sweep.check(config, validate)
 
 
 def check_depth(model: ModelConfig, steps: int) -> None:

@@ -19,7 +19,7 @@ from etils import epath, epy
 from rich.console import Console
 from rich.table import Table
 
-from ponder import cli, records
+from ponder import cli, records, sweep
 from ponder.config import Mesh, check_depth
 from ponder.errors import UserError
 from ponder.halting.readout import Readout
@@ -96,7 +96,7 @@ def evaluate(
             return evaluate(
                 workdir, split=split, rule=rule, depths=depths, risk=risk, rows=rows, which=which, cache_dir=cache_dir
             )
-    config = replace(records.read_config(workdir), seeds=1, mesh=Mesh(data=1))
+    config = replace(sweep.members(records.read_config(workdir))[0], mesh=Mesh(data=1))
     if not walks.can_walk(config):
         raise UserError(
             f"{type(config.rule).__name__} on {type(config.task).__name__} has no walk: rules that mix states answer "

@@ -64,8 +64,8 @@ class Rule(Protocol):
         """What it looks at: "halt", "probe", "go", "logits", "hidden" (see Seen)."""
 
     @property
-    def cost_weight(self) -> float:
-        """Factor of the regulariser in the loss (ACT: tau, PonderNet: beta)."""
+    def cost_weight(self) -> float | Float[jax.Array, ""]:
+        """Factor of the regulariser in the loss (ACT: tau, PonderNet: beta); traced where a sweep sets it."""
 
     @property
     def exits(self) -> tuple[str, ...]:

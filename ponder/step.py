@@ -149,6 +149,6 @@ def split(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
 
 
-def over_seeds(function: Callable[..., Any], seeds: int, in_axes: tuple[int | None, ...]) -> Callable[..., Any]:
-    """`function` for several seeds at once, a vmapped leading axis; itself for one seed."""
-    return function if seeds == 1 else jax.vmap(function, in_axes=in_axes)
+def over_members(function: Callable[..., Any], members: int, in_axes: tuple[int | None, ...]) -> Callable[..., Any]:
+    """`function` for several members of a run at once, a vmapped leading axis; itself for one."""
+    return function if members == 1 else jax.vmap(function, in_axes=in_axes)

@@ -48,9 +48,7 @@ def test_an_example_halts_as_one_lane_with_the_mean_of_its_logits(rule: Any, fre
         alone = run(rule, table[:, row, lanes].mean(axis=1)[:, None], None, jnp.ones(1, bool), freeze)
         for name in ("weight", "cost", "steps", "state"):
             one, both = getattr(alone, name)[..., 0], getattr(whole, name)[..., row, lanes]
-            np.testing.assert_allclose(
-                both, np.broadcast_to(one[..., None], both.shape), rtol=2e-5, atol=1e-6
-            )
+            np.testing.assert_allclose(both, np.broadcast_to(one[..., None], both.shape), rtol=2e-5, atol=1e-6)
     assert not whole.steps[0, 5]
 
 

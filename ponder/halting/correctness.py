@@ -45,6 +45,7 @@ class Correctness(Supervised):
     exit: str = "explore"
 
     known_exits: ClassVar[tuple[str, ...]] = ("threshold", "last", "explore")
+    sweepable: ClassVar[frozenset[str]] = frozenset({"weight"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
