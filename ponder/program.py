@@ -66,7 +66,7 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
     abstract_model = nnx.eval_shape(lambda: make_model(jax.random.key(0)))
     graphdef, _ = nnx.split(abstract_model, nnx.Param)
     axes = logical_axes(abstract_model)
-    optimizer = make_optimizer(config.optim, config.training.steps, axes)
+    optimizer = make_optimizer(config.optim, config.training.steps, axes, config.heads_only)
 
     # Three streams of one key a seed: initial parameters, training steps, evaluation.
     init_key, train_key, evaluation_key = over_seeds(streams, config.seeds, (0,))(

@@ -15,6 +15,7 @@ from ponder.config import Config
 from ponder.data.batch import Batch
 from ponder.engine import depth
 from ponder.objectives.ponder import mean_over, ponder_loss, thinking_lanes
+from ponder.optim import heads_alone
 from ponder.protocols import Taught
 
 Parameters = Any  # nested dict of arrays
@@ -64,7 +65,7 @@ def make_train_step(
         params: Parameters, batch: Batch, whole: Batch, key: jax.Array, before: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
         """Share of the whole batch's loss that the part `batch` brings; the shares add up, gradients too."""
-        trajectory = nnx.merge(graphdef, params)
+        trajectory = nnx.merge(graphdef, heads_alone(params) if config.heads_only else params)
         _, outcome = ponder_loss(
             trajectory,
             rule,

@@ -78,6 +78,11 @@ def shares_steps(config: ModelConfig) -> bool:
     return isinstance(config, Transformer) and (config.kv != "first" or config.coda_layers > 0)
 
 
+def layer_counts(config: Transformer) -> tuple[int, int, int]:
+    """Layers with parameters of their own: prelude, core, coda. Each step of an untied core has its own."""
+    return config.prelude_layers, config.core_layers * (1 if config.tied else config.steps), config.coda_layers
+
+
 def heads(needs: frozenset[str]) -> dict[str, bool]:
     """The heads that a model must have for a rule that `needs` these (`Rule.needs`), as fields of its configuration."""
     return {"halting_head": bool(needs & {"halt", "probe"}), "continue_head": "go" in needs}
