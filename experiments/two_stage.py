@@ -2,10 +2,10 @@
 
 Parity of 12-vectors, as in gate_or_readout.py. All arms spend equal training FLOPs, both stages counted:
 
-- `two_stage` is LoopLM's recipe (Zhu et al. 2025, arXiv 2510.25741): three quarters of the optimizer steps of a whole run
-  with losses weighted by an exit distribution that is held near the uniform one; then the model is frozen, and the rest
-  of the budget teaches the halting head alone what one more step would gain. A frozen model costs no backward pass, so
-  the gate gets about as many steps as the model;
+- `two_stage` is LoopLM's recipe (Zhu et al. 2025, arXiv 2510.25741). Three quarters of the steps of a whole run go to a
+  model whose losses are weighted by an exit distribution that is held near the uniform one. Then the model is frozen,
+  and the rest of the budget teaches the halting head alone what one more step would gain: without a backward pass
+  through the model that is about as many steps again;
 - `joint` teaches model and gate at once, with even shares of the losses;
 - `stage_one` is the first stage all the budget long, stopped by its own exit distribution;
 - `fixedK` take K steps always.
