@@ -30,7 +30,7 @@ class Outcome(NamedTuple):
     state: State  # at the stop; lanes that do not think have not moved
 
 
-class Start(NamedTuple):
+class Thought(NamedTuple):
     """A thought that is taken up again."""
 
     state: State
@@ -73,7 +73,7 @@ def ponder_loss(
     freeze: bool,
     steps: int | None = None,
     before: jax.Array | None = None,
-    start: Start | None = None,
+    start: Thought | None = None,
     unroll: bool = True,
     remat: bool = False,
 ) -> tuple[Float[jax.Array, ""], Outcome]:
@@ -157,7 +157,7 @@ def run(
     key: jax.Array,
     *,
     before: jax.Array | None = None,
-    start: Start | None = None,
+    start: Thought | None = None,
     observe: Any = None,
     **options: Any,
 ) -> Ran:
