@@ -6,14 +6,14 @@ import json
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from ponder.reporting import plots, render
+from ponder.reporting import drawing, plots, render
 from ponder.reporting.runs import Row, Run
 from ponder.reporting.table import Table, claims
 
 HEAT_ROWS = 4  # rows of text shown for each arm
 
 _CSS = (
-    f"\n{plots.PALETTE}"
+    f"\n{drawing.PALETTE}"
     + """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 68rem; background: var(--page); color: var(--ink);
@@ -89,7 +89,7 @@ def _section(name: str, table: Table, runs: Sequence[Run]) -> str:
     if any(len(run.curve) > 1 for run in runs):
         caption = "Learning curves: thin lines are seeds, strong ones their mean."
         parts.append(_figure(plots.learning_curves(table, runs, f"{name}l"), caption))
-    if any(not line.is_fixed for line in table.lines):
+    if plots.with_gap(table):
         caption = "What freezing stopped lanes changes: training lets them run on, inference does not."
         parts.append(_figure(plots.gaps(table, f"{name}g"), caption))
     parts.append("</div>")
