@@ -35,6 +35,7 @@ PALETTE = """:root { color-scheme: light dark;
   --hue6: #5cc8d8; --hue7: #f08a80; } }"""
 """Values of the variables, light and dark."""
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "p", "d")
+LEAST = 1e-4  # difference to 1 that a stretched axis still shows
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 10,
@@ -103,10 +104,35 @@ def plain_log_ticks(axes: Axes, values: Sequence[float], few: bool = False) -> N
         axes.set_xticks([], minor=True)
 
 
-def hold_limits(axes: Axes, means: Iterable[float], intervals: Iterable[Interval], is_share: bool) -> None:
+def stretch_near_one(axes: Axes, shares: Sequence[float]) -> bool:
+    """Give a share an axis in the logarithm of what is missing to 1, where the best of `shares` come near 1.
+
+    There 0.99 and 0.999 are as far apart as 0.9 and 0.99; from 1 - `LEAST` on all is one. Call it after `hold_limits`.
+    """
+    if max(shares, default=0.0) < 0.98:
+        return False
+    low, top = min(max(axes.get_ylim()[0], 0.0), max(shares)), -math.log10(LEAST)
+
+    def place(share: np.ndarray) -> np.ndarray:  # beyond one there is room for the markers on it
+        return np.where(share <= 1.0, -np.log10(np.maximum(1.0 - share, LEAST)), top + share - 1.0)
+
+    def share(place: np.ndarray) -> np.ndarray:
+        return np.where(place <= top, 1.0 - 10.0 ** -np.minimum(place, top), 1.0 + place - top)
+
+    axes.set_yscale("function", functions=(place, share))
+    ticks = [tick for tick in (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999) if low <= tick]
+    axes.set_yticks([*ticks, 1.0 - LEAST], [*(f"{tick:g}" for tick in ticks), f"≥ {1.0 - LEAST:g}"])
+    axes.set_yticks([], minor=True)
+    axes.set_ylim(low, 1.2)
+    return True
+
+
+def hold_limits(
+    axes: Axes, means: Iterable[float], intervals: Iterable[Interval], least: float = -math.inf, most: float = math.inf
+) -> None:
     """Limits of the y axis: around the means, so that the huge interval of two seeds does not flatten all else.
 
-    An interval may take as much room again as the means do; what is beyond is cut off. A share ends at 0 and 1.
+    An interval may take as much room again as the means do; what is beyond that, `least` or `most` is cut off.
     """
     found = [mean for mean in means if math.isfinite(mean)]
     if not found:
@@ -115,8 +141,7 @@ def hold_limits(axes: Axes, means: Iterable[float], intervals: Iterable[Interval
     room = max(high - low, 1e-3 * max(abs(high), 1e-9))
     ends = [end for each in intervals for end in (each.low, each.high) if math.isfinite(end)]
     low, high = max(min([low, *ends]), low - room), min(max([high, *ends]), high + room)
-    if is_share:
-        low, high = max(low, 0.0), min(high, 1.0)
+    low, high = max(low, least), min(high, most)
     pad = 0.05 * max(high - low, 1e-6)
     axes.set_ylim(low - pad, high + pad)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,7 +19,11 @@ CROWD = 10  # markers that still have a line of the legend each
 
 
 def against_flops(table: Table, name: str) -> str:
-    """The headline metric against useful inference FLOPs, with intervals and the line of fixed depths."""
+    """The headline metric against useful inference FLOPs, with intervals and the line of fixed depths.
+
+    Without the oracle, which is no exit that one could take.
+    """
+    shown = [line for line in table.lines if line.exit != "oracle"]
 
     def draw(axes: Axes) -> None:
         fixed = sorted((line for line in table.lines if line.is_fixed), key=lambda line: line.useful_flops.mean)
@@ -42,7 +46,7 @@ def against_flops(table: Table, name: str) -> str:
                     textcoords="offset points",
                     color=drawing.MUTED,
                 )
-        halting = [line for line in table.lines if not line.is_fixed]
+        halting = [line for line in shown if not line.is_fixed]
         exits = list(dict.fromkeys(line.exit for line in halting))
         crowded = len(halting) > CROWD
         for i, line in enumerate(halting):
@@ -61,19 +65,23 @@ def against_flops(table: Table, name: str) -> str:
                 label=None if crowded else f"{line.arm}, {line.exit}",
             )
         if crowded:  # a colour an arm, a marker an exit
-            _name_colours(axes, table, list(dict.fromkeys(line.arm for line in halting)))
+            for arm in dict.fromkeys(line.arm for line in halting if not table.is_fixed(line.arm)):
+                axes.plot([], [], color=drawing.hue(table, arm), linewidth=4, label=arm)
             for i, exit in enumerate(exits):
-                _name(axes, exit, color=drawing.MUTED, marker=drawing.marker(i), linestyle="none")
+                axes.plot([], [], color=drawing.MUTED, marker=drawing.marker(i), linestyle="none", label=exit)
         axes.set_xscale("log")
-        drawing.plain_log_ticks(axes, [line.useful_flops.mean for line in table.lines])
-        metrics = [line.metric for line in table.lines]
-        drawing.hold_limits(axes, [metric.mean for metric in metrics], metrics, table.metric.higher_is_better)
+        drawing.plain_log_ticks(axes, [line.useful_flops.mean for line in shown])
+        metrics = [line.metric for line in shown]
+        means = [metric.mean for metric in metrics]
+        drawing.hold_limits(axes, means, metrics, 0.0, table.metric.most)
+        if table.metric.higher_is_better:
+            drawing.stretch_near_one(axes, means)
         axes.set_xlabel("useful FLOPs per example at inference")
         axes.set_ylabel(f"{table.metric.name}, {table.split}")
         drawing.legend(axes)
 
-    crowd = len({line.arm for line in table.lines} | {line.exit for line in table.lines})
-    return drawing.one(name, draw, height=max(3.4, 0.19 * crowd + 0.6))
+    crowd = len({line.arm for line in shown if not table.is_fixed(line.arm)} | {line.exit for line in shown})
+    return drawing.one(name, draw, height=max(3.4, 0.21 * crowd + 0.6))
 
 
 def by_difficulty(table: Table, name: str, field: str) -> str:
@@ -107,8 +115,8 @@ def by_difficulty(table: Table, name: str, field: str) -> str:
         shown = [
             getattr(part, field) for part in table.difficulties if field == "metric" or not table.is_fixed(part.arm)
         ]
-        is_share = field == "metric" and table.metric.higher_is_better
-        drawing.hold_limits(axes, [value.mean for value in shown], shown, is_share)
+        most = table.metric.most if field == "metric" else math.inf
+        drawing.hold_limits(axes, [value.mean for value in shown], shown, 0.0, most)
         axes.set_xlabel(table.difficulty_name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("steps executed" if field == "steps" else table.metric.name)
@@ -169,13 +177,3 @@ def gaps(table: Table, name: str) -> str:
         axes.set_xlabel("run-on loss minus frozen loss, nats")
 
     return drawing.one(name, draw, height=1.0 + 0.35 * len(lines))
-
-
-def _name(axes: Axes, label: str, **look: Any) -> None:
-    """A line of the legend without a mark on the axes."""
-    axes.plot([], [], label=label, **look)
-
-
-def _name_colours(axes: Axes, table: Table, arms: Sequence[str]) -> None:
-    for arm in arms:
-        _name(axes, arm, color=drawing.hue(table, arm), linestyle="-", linewidth=4)
