@@ -162,7 +162,7 @@ def test_the_page_tells_of_every_exit_and_is_alone(tmp_path: Path) -> None:
     assert (row["arm"], row["exit"], row["n"], row["steps"]) == ("act", "threshold", "2", "2.40")
     assert row["oracle - exit"] == "+0.160 ± 0.254" and row["best depth - exit"] == "+0.050 ± 0.127"
     assert row["best depth"] == "4" and row["calibration error"] == "0.050 ± 0.000"
-    assert row["norm"] == "1.5 (1) → 8 (4) → 64 (8)"
+    assert row["norm"] == "1.5 → 8 → 64"
     drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(drawings) == 9  # FLOPs, steps, accuracy, learning, gap; exits, reliability, calibration, norms
     markdown = (tmp_path / "new" / "page.md").read_text()

@@ -73,7 +73,7 @@ def section(name: str, table: Table, walks: Sequence[Walk]) -> str:
             " accuracy is logarithmic in the errors.",
             wide=True,
         ),
-        grid([column.heading for column in COLUMNS], cells(walks), words=2),
+        grid([column.heading for column in COLUMNS], cells(walks), words=2, dense=True),
         _meanings(),
     ]
     if any(walk.reliability for walk in walks):
@@ -128,7 +128,7 @@ def _optional(value: Interval | None, digits: int, signed: bool = False) -> str:
 
 def _norm(walk: Walk) -> str:
     places = sorted({1, min(walk.trained, len(walk.norms)), len(walk.norms)})
-    return " → ".join(f"{walk.norms[k - 1].mean:.3g} ({k})" for k in places) if walk.norms else ""
+    return " → ".join(f"{walk.norms[k - 1].mean:.2g}" for k in places) if walk.norms else ""
 
 
 def _meanings() -> str:

@@ -29,7 +29,8 @@ table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabu
 th { text-align: right; font-weight: 600; border-bottom: 1.5px solid var(--ink); vertical-align: bottom; }
 td { text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th, td { padding: .3rem .65rem; } th.word, td.word { text-align: left; }
-th:first-child, td:first-child { padding-left: 0; }
+.dense th, .dense td { padding: .25rem .36rem; font-size: .8rem; }
+th:first-child, td:first-child, .dense th:first-child, .dense td:first-child { padding-left: 0; }
 tr.halts td { background: var(--soft); } tr.halts td:first-child { padding-left: .4rem; font-weight: 600; }
 dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .85rem;
   margin: .8rem 0; }
