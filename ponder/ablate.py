@@ -33,7 +33,7 @@ from ponder.jobs import Failure, Job, JobFailed, available_cores, cores_of_a_job
 from ponder.jobs import run as run_jobs
 
 with epy.lazy_imports():  # `--help` needs none of these
-    from ponder.reporting import plots, render
+    from ponder.reporting import drawing, plots, render
     from ponder.reporting import runs as finished
     from ponder.reporting import table as tables
 
@@ -353,8 +353,8 @@ def make_tables(
         ("table.md", render.markdown(made)),
         ("table.csv", render.comma_separated(made)),
         ("table.json", render.as_json(made)),
-        ("flops.svg", plots.standalone(plots.against_flops(made, "flops"))),
-        ("steps.svg", plots.standalone(plots.by_difficulty(made, "steps", "steps"))),
+        ("flops.svg", drawing.standalone(plots.against_flops(made, "flops"))),
+        ("steps.svg", drawing.standalone(plots.by_difficulty(made, "steps", "steps"))),
     ):
         records.write_whole(output / name, text)
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)

@@ -19,7 +19,7 @@ from ponder import cli, records
 from ponder.errors import UserError
 
 with epy.lazy_imports():  # `--help` needs none of these
-    from ponder.reporting import page, render
+    from ponder.reporting import exits, page, render, walked
     from ponder.reporting import runs as finished
     from ponder.reporting import table as tables
 
@@ -66,7 +66,9 @@ def report(
     sections = [(tables.make(runs, threshold=threshold, title=task_title(runs[0])), runs) for runs in by_task.values()]
     texts = {
         path: page.page(title, sections),
-        path.with_suffix(".md"): "\n".join(render.markdown(table) for table, _ in sections),
+        path.with_suffix(".md"): "\n".join(
+            render.markdown(table) + exits.markdown(walked.of(runs)) for table, runs in sections
+        ),
     }
     if latex:
         texts[path.with_suffix(".tex")] = "\n".join(render.latex(table) for table, _ in sections)

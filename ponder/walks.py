@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -23,7 +24,7 @@ from ponder.models.config import meets_stopped
 from ponder.objectives.ponder import lane_mask, thinking_lanes
 from ponder.objectives.walk import walk
 from ponder.program import Program
-from ponder.protocols import Measure, Rule
+from ponder.protocols import Measure, Rule, Seen
 
 Row = dict[str, Any]
 HEADS = {"halt": "halt", "probe": "halt", "go": "go"}
@@ -139,22 +140,7 @@ def rows(recorded: Recorded, depths: tuple[int, ...] = (), points: int = 17) -> 
     found = []
 
     def add(exit: str, setting: float | int | None, stops: Stops, rule: Rule, within: Recorded = short) -> None:
-        useful, spent = within.flops(stops, rule, int(stops.max()) if exit == "fixed" else None)
-        target = within.walked.target
-        sure, right = (
-            within.walked.at(values, stops)[target] for values in (within.walked.confidence, within.walked.correct)
-        )
-        found.append(
-            {
-                "frontier": exit,
-                "setting": setting,
-                **frontier.outcome(within.walked, stops)._asdict(),
-                "useful_flops": useful,
-                "spent_flops": spent,
-                "rank_correlation": frontier.rank_correlation(stops[target], within.walked.difficulty[target]),
-                "calibration_error": frontier.calibration_error(sure, right),
-            }
-        )
+        found.append(_point(within, exit, setting, stops, rule))
 
     for steps in sorted({*range(1, trained + 1), *depths, recorded.walked.steps}):
         add("fixed", steps, frontier.fixed(recorded.walked, steps), Fixed(), recorded)
@@ -173,21 +159,80 @@ def rows(recorded: Recorded, depths: tuple[int, ...] = (), points: int = 17) -> 
     return found
 
 
+def _point(recorded: Recorded, exit: str, setting: float | int | None, stops: Stops, rule: Rule) -> Row:
+    """What an exit of this name came to, with these stops and looks priced as those of `rule`."""
+    walked, target = recorded.walked, recorded.walked.target
+    useful, spent = recorded.flops(stops, rule, int(stops.max()) if exit == "fixed" else None)
+    sure, right = (walked.at(values, stops)[target] for values in (walked.confidence, walked.correct))
+    return {
+        "frontier": exit,
+        "setting": setting,
+        **frontier.outcome(walked, stops)._asdict(),
+        "useful_flops": useful,
+        "spent_flops": spent,
+        "rank_correlation": frontier.rank_correlation(stops[target], walked.difficulty[target]),
+        "calibration_error": frontier.calibration_error(sure, right),
+    }
+
+
 def summary(found: list[Row], recorded: Recorded) -> Row:
     """Of the rows of one walk: the best depth for everybody up to the trained one, chosen on this very split, its
-    regret to the oracle, and the state's norm at each step."""
+    regret to the oracle, the rule's default exit (`own`, where it has one that a walk can tell), reliability diagrams
+    of the last trained depth, of that exit and of the head (`reliability`), and the state's norm at each step."""
     trained = recorded.config.model.steps
     fixed = [row for row in found if row["frontier"] == "fixed" and row["setting"] <= trained]
     best = max(fixed, key=lambda row: (row["accuracy"], -row["steps"]))
     oracle = next(row for row in found if row["frontier"] == "oracle")
     target = recorded.walked.target
+    short, rule = recorded.upto(min(trained, recorded.walked.steps)), recorded.config.rule
+    stops = own_stops(short.walked, rule)
     return {
         "best_fixed": best,
         "oracle": oracle,
         "regret_to_oracle": oracle["accuracy"] - best["accuracy"],
+        "own": None if stops is None else _point(short, rule.exits[0], None, stops, rule),
+        "reliability": reliability(short.walked, rule, stops),
         "state_norms": [float(norm) for norm in recorded.walked.norm[:, target].mean(axis=1)],
         "approximate": recorded.approximate,
     }
+
+
+def own_stops(walked: Walked, rule: Rule) -> Stops | None:
+    """Where a rule's default exit stops; None where it looks at what a walk does not keep."""
+    if isinstance(rule, Readout):
+        stops = frontier.by_unrest(walked, rule.measure, rule.threshold)
+        return stops if rule.exits[0] == "threshold" else frontier.fixed(walked, walked.steps)
+    if rule.needs - HEADS.keys():
+        return None
+    rule, lanes = rule.exiting(rule.exits[0]), walked.loss.shape[1:]
+    carry, decided = rule.init(lanes, walked.steps, Seen()), []
+    for k in range(1, walked.steps + 1):
+        heads = (None if logits is None else jnp.asarray(logits[k - 1]) for logits in (walked.halt, walked.go))
+        step, last = jnp.full(lanes, k, jnp.int32), jnp.full(lanes, k == walked.steps)
+        carry, halt = rule(carry, Seen(*heads), step, last, jax.random.fold_in(jax.random.key(0), k))
+        decided.append(np.asarray(halt.stop))
+    return walked.first(np.stack(decided))
+
+
+def reliability(walked: Walked, rule: Rule, stops: Stops | None) -> dict[str, list[Row]]:
+    """Reliability diagrams (`ponder.frontier.reliability`) over lanes with a target.
+
+    `last`: the answer's confidence at the last step against its being right. `own`: the same at the default exit,
+    `stops`, where that is another one. `head`: what the head believes, at all steps, against what it was taught:
+    `Correctness` that the answer is right, `Classifier` that it is the last step's (the last step itself left out).
+    """
+    target = walked.target
+    found = {"last": frontier.reliability(walked.confidence[-1, target], walked.correct[-1, target])}
+    if stops is not None and (stops[target] < walked.steps).any():
+        sure, right = (walked.at(values, stops)[target] for values in (walked.confidence, walked.correct))
+        found["own"] = frontier.reliability(sure, right)
+    if isinstance(rule, Correctness | Classifier) and walked.halt is not None:
+        steps = slice(None) if isinstance(rule, Correctness) else slice(walked.steps - 1)
+        taught = walked.correct if isinstance(rule, Correctness) else walked.agrees
+        believed = np.exp(-np.logaddexp(0.0, -walked.halt[steps, target].astype(np.float64)))
+        if believed.size:
+            found["head"] = frontier.reliability(believed.ravel(), taught[steps, target].ravel())
+    return found
 
 
 def final(walker: Walker, config: Config, params: Any) -> tuple[list[Row], Row]:
@@ -214,8 +259,8 @@ def final(walker: Walker, config: Config, params: Any) -> tuple[list[Row], Row]:
     for split in splits:
         recorded = walker.record(params, split, depth if split == headline else None)
         if split == headline:
-            points = rows(recorded, asked.depths)
-            curve = {"split": split, "rows": points, **summary(points, recorded)}
+            points = rows(recorded, asked.depths, points=13)
+            curve = _short({"split": split, "rows": points, **summary(points, recorded)})
             recorded = recorded.upto(config.model.steps)
         walked = recorded.walked
         for measure, threshold in exits:
@@ -229,6 +274,15 @@ def final(walker: Walker, config: Config, params: Any) -> tuple[list[Row], Row]:
             found.append(_evaluation(recorded, split, measure, stops, rule) | {"threshold": threshold})
         found.append(_evaluation(recorded, split, "oracle", frontier.oracle(walked), Fixed()))
     return found, curve
+
+
+def _short(value: Any) -> Any:
+    """Floats to six digits: there are hundreds in a run's row, which is committed."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: _short(inner) for name, inner in value.items()}
+    return [_short(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _evaluation(recorded: Recorded, split: str, exit: str, stops: Stops, rule: Rule) -> Row:

@@ -84,6 +84,10 @@ def test_rows_of_every_exit(trained: Any) -> None:
     # Looking at the prediction costs the readout of every step.
     assert whole["unstable" if "unstable" in whole else "margin"]["useful_flops"] > whole["fixed"]["useful_flops"]
     summary = walks.summary(found, recorded)
+    own = held_out.evaluate("test", run.initial_state()._replace(params=params, average=None), 0, None)[0]
+    names = ("accuracy", "steps", "useful_flops", "spent_flops")
+    assert [summary["own"][name] for name in names] == pytest.approx([own[name] for name in names], rel=1e-6)
+    assert set(summary["reliability"]) == {"last", "own", "head"} and summary["own"]["frontier"] == "threshold"
     assert summary["regret_to_oracle"] >= 0 and len(summary["state_norms"]) == 8 and not summary["approximate"]
     assert walks.rows(recorded.upto(4))[-1] == oracle  # however deep one looked
 
@@ -106,6 +110,7 @@ def test_heads_stop_on_a_walk_where_they_stop_frozen(trained: Any, rule: Any, st
     assert row["exit"] == rule.exits[0]
     own = stops(recorded.walked)
     assert frontier.outcome(recorded.walked, own).steps == pytest.approx(row["steps"], rel=1e-6)
+    assert (walks.own_stops(recorded.walked, rule) == own).all()
     of_heads = [found for found in walks.rows(recorded) if found["frontier"] in ("head", "value")]
     assert of_heads and recorded.flops(own, rule)[0] == pytest.approx(row["useful_flops"], rel=1e-6)
 
@@ -195,6 +200,52 @@ def test_statistics_of_steps_and_confidence() -> None:
     assert frontier.calibration_error(np.ones(4), np.ones(4)) == 0.0
     points = frontier.reliability(sure, sure < 0.5)
     assert sum(point["lanes"] for point in points) == 20_000 and points[0]["frequency"] == 1.0
+
+
+def test_default_exits_by_hand() -> None:
+    unrest = {"margin": np.array([[0.9, 0.2], [0.1, 0.1], [0.3, 0.0]])}
+    one = walked(np.ones((3, 2)), [0, 1], unrest=unrest)
+    assert walks.own_stops(one, Readout(threshold=0.2)).tolist() == [2, 1]
+    assert walks.own_stops(one, Readout(threshold=0.2, exit="last")).tolist() == [3, 3]
+    assert walks.own_stops(one, Fixed()).tolist() == [3, 3]
+    assert walks.own_stops(one, Readout(threshold=0.2).exiting("last")).tolist() == [3, 3]
+
+    class Looks(Fixed):
+        needs = frozenset({"logits"})
+
+    assert walks.own_stops(one, Looks()) is None  # a walk keeps no logits
+
+
+def test_reliability_by_hand() -> None:
+    #                   lanes of two questions, the third without a target
+    correct = [[0, 1, 1], [1, 1, 0]]
+    halt = np.log(np.array([[0.15, 0.95, 0.5], [0.85, 0.15, 0.5]]))
+    halt = halt - np.log1p(-np.exp(halt))
+    sure = np.array([[0.55, 0.95, 0.5], [0.85, 0.75, 0.5]])
+    agrees = np.array([[False, True, True], [True, True, True]])
+    one = walked(correct, [0, 1, 2], halt=halt, confidence=sure, agrees=agrees, target=[True, True, False])
+
+    def bins(found: Any) -> Any:
+        return [(round(row["probability"], 9), row["frequency"], row["lanes"]) for row in found]
+
+    found = walks.reliability(one, Correctness(), np.array([2, 1, 1]))
+    assert bins(found["last"]) == [(0.75, 1.0, 1), (0.85, 1.0, 1)]
+    assert bins(found["own"]) == [(0.85, 1.0, 1), (0.95, 1.0, 1)]
+    assert bins(found["head"]) == [(0.15, 0.5, 2), (0.85, 1.0, 1), (0.95, 1.0, 1)]  # all steps: right or not
+    found = walks.reliability(one, Classifier(), np.array([2, 2, 2]))
+    assert set(found) == {"last", "head"}  # the default exit is the last step
+    assert bins(found["head"]) == [(0.15, 0.0, 1), (0.95, 1.0, 1)]  # the step before: it stays or not
+    assert set(walks.reliability(one, Gate(), None)) == {"last"}
+
+
+def test_a_run_keeps_six_digits() -> None:
+    assert walks._short({"a": [1 / 3, {"b": 123456789.0}], "c": 7, "d": None, "e": True, "f": "x"}) == {
+        "a": [0.333333, {"b": 123457000.0}],
+        "c": 7,
+        "d": None,
+        "e": True,
+        "f": "x",
+    }
 
 
 def test_thresholds_spread_and_do_not_repeat() -> None:

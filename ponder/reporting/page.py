@@ -6,14 +6,16 @@ import json
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from ponder.reporting import plots, render
+from ponder.reporting import drawing, exits, plots, render, walked
+from ponder.reporting.markup import figure, grid
 from ponder.reporting.runs import Row, Run
 from ponder.reporting.table import Table, claims
 
 HEAT_ROWS = 4  # rows of text shown for each arm
+FOLD = 6  # sentences that stay open
 
 _CSS = (
-    f"\n{plots.PALETTE}"
+    f"\n{drawing.PALETTE}"
     + """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 68rem; background: var(--page); color: var(--ink);
@@ -27,7 +29,8 @@ table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabu
 th { text-align: right; font-weight: 600; border-bottom: 1.5px solid var(--ink); vertical-align: bottom; }
 td { text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th, td { padding: .3rem .65rem; } th.word, td.word { text-align: left; }
-th:first-child, td:first-child { padding-left: 0; }
+.dense th, .dense td { padding: .25rem .36rem; font-size: .8rem; }
+th:first-child, td:first-child, .dense th:first-child, .dense td:first-child { padding-left: 0; }
 tr.halts td { background: var(--soft); } tr.halts td:first-child { padding-left: .4rem; font-weight: 600; }
 dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .85rem;
   margin: .8rem 0; }
@@ -35,6 +38,7 @@ dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1rem 2rem; }
 figure { margin: 1rem 0; break-inside: avoid; } figcaption { font-size: .85rem; color: var(--muted); max-width: 46rem; }
 figure svg { width: 100%; height: auto; max-width: 40rem; display: block; overflow: visible; }
+figure.wide { overflow-x: auto; } figure.wide svg { max-width: none; min-width: 46rem; }
 .heat { font: .86rem/1.75 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; border-left: 2px solid var(--rule); padding-left: .9rem;
   margin: .7rem 0; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
@@ -71,33 +75,37 @@ def page(title: str, sections: Sequence[tuple[Table, Sequence[Run]]]) -> str:
 
 def _section(name: str, table: Table, runs: Sequence[Run]) -> str:
     parts = [f"<section><h2>{escape(table.title)}</h2>", _facts(table)]
-    parts += [_results(table), _list(claims(table)), _meanings(table), '<div class="plots">']
+    parts += [_results(table), _claims(table), _meanings(table), '<div class="plots">']
     parts.append(
-        _figure(
+        figure(
             plots.against_flops(table, f"{name}f"),
             f"{table.metric.name.capitalize()} against compute. Bars are 95 % intervals over seeds; grey numbers are"
-            " steps of the fixed depths; hollow markers are ways to exit other than the default.",
+            " steps of the fixed depths; hollow markers are ways to exit other than the default, grey ones those of"
+            " fixed depths. Near 1 an axis of accuracy is logarithmic in the errors.",
         )
     )
     if len({part.difficulty for part in table.difficulties}) > 1:
         beyond = " Dotted: extrapolation." if any(p.split != table.split for p in table.difficulties) else ""
         if any(not table.is_fixed(part.arm) for part in table.difficulties):
             caption = f"Steps executed against {table.difficulty_name}, with 95 % bands.{beyond}"
-            parts.append(_figure(plots.by_difficulty(table, f"{name}s", "steps"), caption))
+            parts.append(figure(plots.by_difficulty(table, f"{name}s", "steps"), caption))
         caption = f"{table.metric.name.capitalize()} against {table.difficulty_name}.{beyond}"
-        parts.append(_figure(plots.by_difficulty(table, f"{name}d", "metric"), caption))
+        parts.append(figure(plots.by_difficulty(table, f"{name}d", "metric"), caption))
     if any(len(run.curve) > 1 for run in runs):
         caption = "Learning curves: thin lines are seeds, strong ones their mean."
-        parts.append(_figure(plots.learning_curves(table, runs, f"{name}l"), caption))
-    if any(not line.is_fixed for line in table.lines):
+        parts.append(figure(plots.learning_curves(table, runs, f"{name}l"), caption))
+    if plots.with_gap(table):
         caption = "What freezing stopped lanes changes: training lets them run on, inference does not."
-        parts.append(_figure(plots.gaps(table, f"{name}g"), caption))
+        parts.append(figure(plots.gaps(table, f"{name}g"), caption))
     parts.append("</div>")
+    walks = walked.of(runs)
+    if walks:
+        parts.append(exits.section(name, table, walks))
     for split in dict.fromkeys(part.split for part in table.difficulties):
         headings, rows = render.by_difficulty(table, split)
         if len(rows) > 1:
             title = f"{split}: {table.metric.name} (and steps) by {table.difficulty_name}"
-            parts += [f"<h3>{escape(title)}</h3>", _grid(headings, rows, words=1)]
+            parts += [f"<h3>{escape(title)}</h3>", grid(headings, rows, words=1)]
     return "\n".join([*parts, _heat(runs), _runs(table, runs), "</section>"])
 
 
@@ -116,7 +124,7 @@ def _results(table: Table) -> str:
     for is_cost in (False, True):
         chosen = [column for i, column in enumerate(shown) if i < 2 or column.is_cost == is_cost]
         rows = [[column.cell(line) for column in chosen] for line in table.lines]
-        parts.append(_grid([column.heading for column in chosen], rows, words=2, marks=marks))
+        parts.append(grid([column.heading for column in chosen], rows, words=2, marks=marks))
     return "".join(parts)
 
 
@@ -125,28 +133,20 @@ def _meanings(table: Table) -> str:
     return f"<details><summary>What the columns mean</summary><ul><li>{'<li>'.join(found)}</ul></details>"
 
 
+def _claims(table: Table) -> str:
+    """Where many sentences say that nothing is shown, they are folded away."""
+    said = claims(table)
+    shown = [claim for claim in said if " than fixed depth " in claim]
+    rest = [claim for claim in said if claim not in shown]
+    if len(rest) <= FOLD:
+        return _list(said)
+    return f"{_list(shown)}<details><summary>{len(rest)} exits without a difference</summary>{_list(rest)}</details>"
+
+
 def _list(sentences: Iterable[str]) -> str:
     found = list(sentences)
     text = "<li>".join(map(escape, found)).replace("n = ", "n&nbsp;=&nbsp;")
     return f"<ul><li>{text}</ul>" if found else ""
-
-
-def _figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _grid(headings: Sequence[str], rows: Sequence[Sequence[str]], words: int, marks: Sequence[str] = ()) -> str:
-    def cells(tag: str, values: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=word' if i < words else ''}>{escape(value)}</{tag}>" for i, value in enumerate(values)
-        )
-
-    body = "".join(
-        f"<tr{f' class={marks[i]}' if marks and marks[i] else ''}>{cells('td', row)}</tr>" for i, row in enumerate(rows)
-    )
-    return (
-        f'<div class="scroll"><table><thead><tr>{cells("th", headings)}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
 
 
 def _heat(runs: Sequence[Run]) -> str:
@@ -204,6 +204,6 @@ def _runs(table: Table, runs: Sequence[Run]) -> str:
         rows.append([run.arm, run.source, commit, str(run.seed), value, *cost, settings])
     config = escape(json.dumps(runs[0].config, indent=1))
     return (
-        f"<details><summary>The {len(runs)} runs</summary>{_grid(headings, rows, words=3)}</details>"
+        f"<details><summary>The {len(runs)} runs</summary>{grid(headings, rows, words=3)}</details>"
         f"<details><summary>Configuration of the first run</summary><pre>{config}</pre></details>"
     )

@@ -1,63 +1,29 @@
-"""Plots of a report, as inline SVG that takes its colours and fonts from the page around it."""
+"""Plots of a table: the headline metric against compute, difficulty and training."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ponder.reporting import drawing
 from ponder.reporting.runs import Run
-from ponder.reporting.table import Table
-from ponder.statistics import Interval
+from ponder.reporting.table import Line, Table
 from ponder.writers import quantity
 
-# Stand-ins that matplotlib can draw with; the page knows them as variables, so that one drawing suits light and dark.
-INK, MUTED, RULE = "#010101", "#020202", "#030303"
-HUES = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006")
-_VARIABLES = {INK: "currentColor", MUTED: "var(--muted)", RULE: "var(--rule)"} | {
-    hue: f"var(--hue{i})" for i, hue in enumerate(HUES)
-}
-PALETTE = """:root { color-scheme: light dark;
-  --page: #fdfdfc; --ink: #1b1b1a; --muted: #62625e; --rule: #dedcd5; --soft: #f3f2ee;
-  --heat: #e07b00; --wrong: #c02617;
-  --hue0: #0a67b5; --hue1: #c34a00; --hue2: #08805c; --hue3: #a8467f; --hue4: #6a4fb0; --hue5: #7a6200; }
-@media screen and (prefers-color-scheme: dark) { :root {
-  --page: #161718; --ink: #e8e6e1; --muted: #a3a19b; --rule: #37383a; --soft: #202224;
-  --heat: #ff9d2e; --wrong: #ff8a7a;
-  --hue0: #62b0f0; --hue1: #ff9752; --hue2: #4fd0a0; --hue3: #ee93c6; --hue4: #b6a2f5; --hue5: #dcc250; } }"""
-"""Values of the variables, light and dark."""
-MARKERS = ("o", "s", "D", "^", "v", "P")
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": RULE,
-    "grid.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5.5,
-}
+GAP = 5e-5  # nats, below which the table shows a gap as none
+CROWD = 10  # markers that still have a line of the legend each
 
 
 def against_flops(table: Table, name: str) -> str:
-    """The headline metric against useful inference FLOPs, with intervals and the line of fixed depths."""
+    """The headline metric against useful inference FLOPs, with intervals and the line of fixed depths.
+
+    Without the oracle, which is no exit that one could take.
+    """
+    shown = [line for line in table.lines if line.exit != "oracle"]
 
     def draw(axes: Axes) -> None:
         fixed = sorted((line for line in table.lines if line.is_fixed), key=lambda line: line.useful_flops.mean)
@@ -66,50 +32,63 @@ def against_flops(table: Table, name: str) -> str:
             axes.errorbar(
                 costs,
                 [line.metric.mean for line in fixed],
-                yerr=_errors(line.metric for line in fixed),
-                color=MUTED,
+                yerr=drawing.errors(line.metric for line in fixed),
+                color=drawing.MUTED,
                 marker="o",
                 capsize=2,
                 label="fixed depth",
             )
             for line, cost in zip(fixed, costs, strict=True):
                 axes.annotate(
-                    f"{line.steps.mean:g}", (cost, line.metric.mean), (5, -11), textcoords="offset points", color=MUTED
+                    f"{line.steps.mean:g}",
+                    (cost, line.metric.mean),
+                    (5, -11),
+                    textcoords="offset points",
+                    color=drawing.MUTED,
                 )
-        halting = [line for line in table.lines if not line.is_fixed]
+        halting = [line for line in shown if not line.is_fixed]
+        exits = list(dict.fromkeys(line.exit for line in halting))
+        crowded = len(halting) > CROWD
         for i, line in enumerate(halting):
+            hue = drawing.hue(table, line.arm)
             axes.errorbar(
                 [line.useful_flops.mean],
                 [line.metric.mean],
-                xerr=_errors([line.useful_flops]),
-                yerr=_errors([line.metric]),
-                color=_hue(table, line.arm),
-                marker=MARKERS[i % len(MARKERS)],
+                xerr=drawing.errors([line.useful_flops]),
+                yerr=drawing.errors([line.metric]),
+                color=hue,
+                marker=drawing.marker(exits.index(line.exit) if crowded else i),
+                elinewidth=0.8 if crowded else None,
                 capsize=2,
                 linestyle="none",
-                markerfacecolor=_hue(table, line.arm) if line.is_default else "none",
-                label=f"{line.arm}, {line.exit}",
+                markerfacecolor=hue if line.is_default else "none",
+                label=None if crowded else f"{line.arm}, {line.exit}",
             )
+        if crowded:  # a colour an arm, a marker an exit
+            for arm in dict.fromkeys(line.arm for line in halting if not table.is_fixed(line.arm)):
+                axes.plot([], [], color=drawing.hue(table, arm), linewidth=4, label=arm)
+            for i, exit in enumerate(exits):
+                axes.plot([], [], color=drawing.MUTED, marker=drawing.marker(i), linestyle="none", label=exit)
         axes.set_xscale("log")
-        _plain_log_ticks(axes, [line.useful_flops.mean for line in table.lines])
+        drawing.plain_log_ticks(axes, [line.useful_flops.mean for line in shown])
+        metrics = [line.metric for line in shown]
+        means = [metric.mean for metric in metrics]
+        drawing.hold_limits(axes, means, metrics, 0.0, table.metric.most)
+        if table.metric.higher_is_better:
+            drawing.stretch_near_one(axes, means)
         axes.set_xlabel("useful FLOPs per example at inference")
         axes.set_ylabel(f"{table.metric.name}, {table.split}")
-        _legend(axes)
+        drawing.legend(axes)
 
-    return _svg(name, draw)
-
-
-def standalone(svg: str) -> str:
-    """A drawing as a file of its own, with the page's colours and font."""
-    root = "svg { background: var(--page); color: var(--ink); font-family: system-ui, sans-serif; }"
-    return re.sub(r"(<svg[^>]*>)", rf"\1<style>{PALETTE}\n{root}</style>", svg, count=1)
+    crowd = len({line.arm for line in shown if not table.is_fixed(line.arm)} | {line.exit for line in shown})
+    return drawing.one(name, draw, height=max(3.4, 0.21 * crowd + 0.6))
 
 
 def by_difficulty(table: Table, name: str, field: str) -> str:
     """`metric` or `steps` of every arm against the difficulty label; extrapolation with hollow markers."""
 
     def draw(axes: Axes) -> None:
-        for arm in _arms(table):
+        for arm in drawing.arms(table):
             if field == "steps" and table.is_fixed(arm):
                 continue
             found = [part for part in table.difficulties if part.arm == arm]
@@ -118,7 +97,7 @@ def by_difficulty(table: Table, name: str, field: str) -> str:
                 values = [getattr(part, field) for part in parts]
                 labels = [part.difficulty for part in parts]
                 inside = split == table.split
-                color = _hue(table, arm)
+                color = drawing.hue(table, arm)
                 axes.plot(
                     labels,
                     [value.mean for value in values],
@@ -126,26 +105,31 @@ def by_difficulty(table: Table, name: str, field: str) -> str:
                     marker="o",
                     markersize=4,
                     linewidth=1.0 if table.is_fixed(arm) else 1.6,
-                    linestyle=_dash(table, arm) if inside else ":",
+                    linestyle=drawing.dash(table, arm) if inside else ":",
                     markerfacecolor=color if inside else "none",
                     label=arm if inside else None,
                 )
                 low, high = np.array([[value.low, value.high] for value in values]).T
                 if not table.is_fixed(arm) and not np.isnan(low).any():
                     axes.fill_between(labels, low, high, color=color, alpha=0.15, linewidth=0)
+        shown = [
+            getattr(part, field) for part in table.difficulties if field == "metric" or not table.is_fixed(part.arm)
+        ]
+        most = table.metric.most if field == "metric" else math.inf
+        drawing.hold_limits(axes, [value.mean for value in shown], shown, 0.0, most)
         axes.set_xlabel(table.difficulty_name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("steps executed" if field == "steps" else table.metric.name)
-        _legend(axes)
+        drawing.legend(axes)
 
-    return _svg(name, draw)
+    return drawing.one(name, draw)
 
 
 def learning_curves(table: Table, runs: Sequence[Run], name: str) -> str:
     """The headline metric on validation against training FLOPs: a line a seed, a strong one for their mean."""
 
     def draw(axes: Axes) -> None:
-        for arm in _arms(table):
+        for arm in drawing.arms(table):
             of_arm = [run for run in runs if run.arm == arm and run.curve]
             means: dict[float, list[float]] = {}
             for run in of_arm:
@@ -153,7 +137,7 @@ def learning_curves(table: Table, runs: Sequence[Run], name: str) -> str:
                 own = run.training_flops - run.flops_before
                 costs = [run.flops_before + row["step"] / run.training_steps * own for row in run.curve]
                 if len(of_arm) > 1:
-                    axes.plot(costs, values, color=_hue(table, arm), linewidth=0.6, alpha=0.4)
+                    axes.plot(costs, values, color=drawing.hue(table, arm), linewidth=0.6, alpha=0.4)
                 for cost, value in zip(costs, values, strict=True):
                     means.setdefault(round(cost), []).append(value)
             # Where a seed is missing a mean over the others would jump.
@@ -162,91 +146,35 @@ def learning_curves(table: Table, runs: Sequence[Run], name: str) -> str:
                 axes.plot(
                     list(whole),
                     [float(np.mean(found)) for found in whole.values()],
-                    color=_hue(table, arm),
-                    linestyle=_dash(table, arm),
+                    color=drawing.hue(table, arm),
+                    linestyle=drawing.dash(table, arm),
                     linewidth=1.0 if table.is_fixed(arm) else 1.8,
                     label=arm,
                 )
         axes.xaxis.set_major_formatter(lambda value, _: quantity(value).strip())
         axes.set_xlabel("training FLOPs, spent")
         axes.set_ylabel(f"{table.metric.name}, validation")
-        _legend(axes)
+        drawing.legend(axes)
 
-    return _svg(name, draw)
+    return drawing.one(name, draw)
+
+
+def with_gap(table: Table) -> list[Line]:
+    """Arms and exits whose gap does not round to nothing: there is none where stopped lanes are not seen by others."""
+    return [line for line in table.lines if not line.is_fixed and abs(line.gap.mean) >= GAP]
 
 
 def gaps(table: Table, name: str) -> str:
-    """Loss of run-on training minus loss of frozen inference, for each arm and exit."""
+    """Loss of run-on training minus loss of frozen inference, for the arms and exits of `with_gap`."""
+    lines = with_gap(table)[::-1]
 
     def draw(axes: Axes) -> None:
-        lines = [line for line in table.lines if not line.is_fixed][::-1]
-        axes.axvline(0, color=MUTED, linewidth=1)
+        axes.axvline(0, color=drawing.MUTED, linewidth=1)
         for i, line in enumerate(lines):
-            axes.errorbar(
-                [line.gap.mean], [i], xerr=_errors([line.gap]), color=_hue(table, line.arm), marker="o", capsize=2
-            )
+            hue = drawing.hue(table, line.arm)
+            axes.errorbar([line.gap.mean], [i], xerr=drawing.errors([line.gap]), color=hue, marker="o", capsize=2)
         axes.set_yticks(range(len(lines)), [f"{line.arm}, {line.exit}" for line in lines])
         axes.set_ylim(-0.6, len(lines) - 0.4)
         axes.set_xlabel("run-on loss minus frozen loss, nats")
 
-    return _svg(name, draw, height=1.0 + 0.35 * sum(not line.is_fixed for line in table.lines))
-
-
-def _arms(table: Table) -> list[str]:
-    return list(dict.fromkeys(line.arm for line in table.lines))
-
-
-def _hue(table: Table, arm: str) -> str:
-    """Fixed depths are the background; each arm that halts has a hue."""
-    if table.is_fixed(arm):
-        return MUTED
-    return HUES[[arm for arm in _arms(table) if not table.is_fixed(arm)].index(arm) % len(HUES)]
-
-
-def _dash(table: Table, arm: str) -> str | tuple[int, tuple[int, ...]]:
-    """Fixed depths share a colour, and are told apart by their dashes."""
-    if not table.is_fixed(arm):
-        return "-"
-    place = [arm for arm in _arms(table) if table.is_fixed(arm)].index(arm)
-    return ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))[place % 6]
-
-
-def _errors(values: Iterable[Interval]) -> np.ndarray | None:
-    halves = np.array([value.half_width for value in values])
-    return None if np.isnan(halves).any() else halves
-
-
-def _plain_log_ticks(axes: Axes, values: Sequence[float]) -> None:
-    """Over less than two decades the powers of ten alone say too little."""
-    low, high = min(values) / 1.15, max(values) * 1.15
-    axes.set_xlim(low, high)
-    if high / low < 100:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-        steps = (1, 2, 3, 4, 6) if high / low > 3 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-        ticks = [tick for decade in decades for step in steps if low <= (tick := step * 10.0**decade) <= high]
-        axes.set_xticks(ticks, [quantity(tick).strip() for tick in ticks])
-        axes.set_xticks([], minor=True)
-
-
-def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, handlelength=2.2)
-
-
-def _svg(name: str, draw: Callable[[Axes], None], height: float = 3.4) -> str:
-    """Draw, and give ids, colours and fonts that suit a page with several drawings."""
-    out = io.StringIO()
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=(6.4, height), layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
-    for color, variable in _VARIABLES.items():
-        text = text.replace(color, variable)
-    # As wide as the page allows, in proportion.
-    return re.sub(r'<svg ([^>]*?)height="[\d.]+pt"([^>]*?)width="[\d.]+pt"', r"<svg \1\2", text, count=1)
+    return drawing.one(name, draw, height=1.0 + 0.35 * len(lines))

@@ -47,6 +47,8 @@ class Run:
     """Name of the folder it was read from."""
     key: str
     """Of its row in runs.jsonl; empty for a workdir."""
+    frontier: Row
+    """What a walk told (`ponder.walks.final`); empty where there was none."""
 
     @property
     def task(self) -> str:
@@ -144,6 +146,7 @@ def from_row(row: Row, source: str) -> Run:
             difficulty_name=row.get("difficulty_name", "difficulty"),
             source=source,
             key=row.get("key", ""),
+            frontier=row.get("frontier") or {},
         )
     except KeyError as error:
         raise UserError(f"a run in {source} has no {error}: it was written by another version of ponder") from error

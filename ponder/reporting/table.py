@@ -24,6 +24,11 @@ class Metric(NamedTuple):
     def sign(self) -> int:
         return 1 if self.higher_is_better else -1
 
+    @property
+    def most(self) -> float:
+        """The largest value there can be."""
+        return 1.0 if self.higher_is_better else math.inf
+
 
 ACCURACY = Metric("accuracy", "accuracy", True)
 BITS = Metric("bits_per_byte", "bits per byte", False)
