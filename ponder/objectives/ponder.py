@@ -187,7 +187,7 @@ def _path(
         answer = groups.together(batch.segments, asked)
         losses = jax.vmap(groups.mean, (0, None))(losses, answer)
         right, agrees = (jax.vmap(groups.all_of, (0, None))(each, answer) for each in (right, agrees))
-    return Path(*heads, losses, right, agrees, asked.astype(jnp.float32))
+    return Path(heads[0], heads[1], losses, right, agrees, asked.astype(jnp.float32))
 
 
 def _read_out(trajectory: Trajectory, ran: Ran, batch: Batch) -> Outcome:
