@@ -48,7 +48,7 @@ def of_arm(arm: str, seed: int, smoke: bool) -> Config:
         name=f"retrofit-{arm}",
         model=dataclasses.replace(original.model, core_layers=LOOPED, steps=DEPTH, tied=True, inject=True),
         training=dataclasses.replace(
-            original.training, depth=Depth(mean=DEPTH, backprop=2, most=4 * DEPTH, curriculum_steps=steps // 2)
+            original.training, depth=Depth(mean=float(DEPTH), backprop=2, most=4 * DEPTH, curriculum_steps=steps // 2)
         ),
         evaluation=dataclasses.replace(original.evaluation, depths=(1, 2, 8)),
         start=Start(run=original, cut=CUT) if arm == "retrofit" else None,
