@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ponder.errors import UserError
-from ponder.models.config import ModelConfig, Transformer, shares_steps
+from ponder.models.config import ModelConfig, RoutedTransformer, Transformer, shares_steps
 from ponder.protocols import Measure, Rule, Taught
 from ponder.tasks.task import SPLITS, Task
 
@@ -163,6 +163,7 @@ def validate(config: Config) -> None:
             f"optim.ema_decay is {optim.ema_decay}: between 0 and 1, or None",
         ),
         *_of_depth(config),
+        *_of_routing(config),
         (
             not (training.freeze and isinstance(config.rule, Taught)),
             f"training.freeze is on, but {type(config.rule).__name__} is taught by steps taken after the stop",
@@ -227,6 +228,8 @@ def check_depth(model: ModelConfig, steps: int) -> None:
             f"model.tied is False: each of its {model.steps} steps has parameters of its own, "
             f"and there are none for step {steps}"
         )
+    if isinstance(model, RoutedTransformer) and steps != model.steps:
+        raise UserError(f"{type(model).__name__} is routed for {model.steps} steps, and cannot run {steps}")
 
 
 def _of_depth(config: Config) -> Iterator[tuple[bool, str]]:
@@ -243,6 +246,19 @@ def _of_depth(config: Config) -> Iterator[tuple[bool, str]]:
     taught = config.rule.needs & {"halt", "probe", "go"}
     yield not taught, f"training.depth is set, but {type(config.rule).__name__} has a head, which must see step 1 on"
     yield not config.training.freeze, "training.freeze and training.depth exclude each other: all lanes run r steps"
+
+
+def _of_routing(config: Config) -> Iterator[tuple[bool, str]]:
+    model, rule = config.model, config.rule
+    if not isinstance(model, RoutedTransformer):
+        return
+    name = type(model).__name__
+    yield (
+        rule.mixes == "neither" and not rule.needs,
+        f"{name} chooses by itself which tokens a step runs on, and no rule can: use Fixed, not {type(rule).__name__}",
+    )
+    yield not config.training.freeze, f"training.freeze is on, but {name} is trained by choices that inference lacks"
+    yield config.training.depth is None, f"training.depth is set, but {name} has a choice for each of its K steps"
 
 
 def _impossible(config: Config) -> Iterator[str]:

@@ -100,7 +100,8 @@ def evaluate(
     if not walks.can_walk(config):
         raise UserError(
             f"{type(config.rule).__name__} on {type(config.task).__name__} has no walk: rules that mix states answer "
-            "with no single step, and tasks in bits have no questions that are right or wrong"
+            "with no single step, routed models stop tokens by themselves, and tasks in bits have no questions that "
+            "are right or wrong"
         )
     if risk is not None and shares_steps(config.model):
         raise UserError("--risk needs tokens that do not see each other's steps: of this model a walk is no promise")

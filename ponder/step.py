@@ -54,8 +54,8 @@ def make_train_step(
     """`(state, batch, key) -> (state, metrics)`, pure.
 
     `key` is the run's key: the step's own is `fold_in(key, step)`, so a resumed run draws the same numbers. Metrics:
-    loss, task_loss and lesson, where the rule has one (nats a target), cost (a thinking lane), steps (a target),
-    gradient_norm (before clipping).
+    loss, task_loss and lesson, where the rule has one (nats a target), cost and, of a routed trajectory, auxiliary (a
+    thinking lane), steps (a target), gradient_norm (before clipping).
     """
     parts = config.optim.accumulate
     rule, model = config.rule, config.model
@@ -85,7 +85,12 @@ def make_train_step(
         total = task_loss + lesson + rule.cost_weight * cost
         steps = mean_over(outcome.steps.astype(jnp.float32), targets) * of_targets
         told = {"loss": total, "task_loss": task_loss, "cost": cost, "steps": steps}
-        return total, told | {"lesson": lesson} if isinstance(rule, Taught) else told
+        if isinstance(rule, Taught):
+            told["lesson"] = lesson
+        if outcome.routed is not None:
+            told["auxiliary"] = mean_over(outcome.routed.auxiliary, lanes) * of_lanes
+            told["loss"] = total = total + told["auxiliary"]
+        return total, told
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
