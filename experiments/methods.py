@@ -4,8 +4,8 @@ One transformer everywhere: a layer of prelude, then one layer applied six times
 once. What differs is how it is taught, and when it stops:
 
 - `fixed6` the last step alone; `supervised` every step alike, with all readouts calibrated to break 1 % of the answers;
-- `random_depth` a log-normal Poisson number of steps of which the last two have a gradient, `curriculum` the same with a
-  mean that grows from 1; `fixed_point` the state at which nothing changes any more, with an implicit gradient;
+- `random_depth` a log-normal Poisson number of steps, of which the last two have a gradient, `curriculum` the same with
+  a mean that grows from 1; `fixed_point` the state at which nothing changes any more, with an implicit gradient;
 - `layerskip` six layers of their own, with layer dropout and every exit trained in turn;
 - `classifier` (CALM), `correctness` and `correctness_continue` (TRM's and HRM's heads), `gate` (LoopLM's, taught along)
   and `gate_two_stage` (taught after a first stage, on a model that stands still);

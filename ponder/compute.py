@@ -21,8 +21,16 @@ import numpy as np
 
 from ponder.config import Config, Depth
 from ponder.errors import UserError
-from ponder.models.config import ModelConfig, Recurrent, TokenModel, Transformer, TwoState
-from ponder.models.sizes import Sizes
+from ponder.models.config import (
+    ModelConfig,
+    Recurrent,
+    RoutedTransformer,
+    TokenChoiceRecursions,
+    TokenModel,
+    Transformer,
+    TwoState,
+)
+from ponder.models.sizes import Sizes, slots
 from ponder.protocols import Rule
 from ponder.tasks.task import Shape
 
@@ -224,6 +232,37 @@ def thinking(model: ModelConfig, shape: Shape, rule: Rule, keys: Number | None =
     return each + priced.mix if rule.mixes == "states" else each
 
 
+def choosing(model: ModelConfig) -> Cost:
+    """What a routed model looks at to choose the lanes of all its steps, a lane: routers, and predictors, if any."""
+    if not isinstance(model, RoutedTransformer):
+        return Cost()
+    if isinstance(model, TokenChoiceRecursions):
+        return model.steps * halting_head(model.d_model)
+    routed = sum(each is not None for each in model.capacities_by_step())
+    blind = Cost(halting_head(model.d_model).forward, model.d_model)  # the predictor: no gradient into the state
+    return routed * (halting_head(model.d_model) + blind)
+
+
+def thinking_in_training(model: ModelConfig, shape: Shape, rule: Rule, steps: int) -> Cost:
+    """`steps` steps with all lanes running on, a lane. Routed ones run on as many gathered lanes as they have slots;
+    where tokens choose, on all of them, and a mask that saves nothing."""
+    if not isinstance(model, RoutedTransformer):
+        return steps * thinking(model, shape, rule)
+    loop = choosing(model)
+    for capacity in model.capacities_by_step():
+        count = shape.length if capacity is None else slots(capacity, shape.length)
+        each = thinking(model, shape, rule, count)
+        if capacity is not None or isinstance(model, TokenChoiceRecursions):
+            each += weighted_move(model.d_model)
+        loop += (count / shape.length) * each
+    return loop
+
+
+def weighted_move(size: Number) -> Cost:
+    """x + w (f(x) - x); backward also the sums that are the gradient of gathering, or of choosing by a mask."""
+    return Cost(3 * size, 6 * size)
+
+
 def training_cost(config: Config) -> Cost:
     """Spent FLOPs a lane and optimizer step: K steps of training, every lane running on."""
     if config.training.updates == "step":  # as many passes of one step, each from the embedding on
@@ -235,7 +274,7 @@ def training_cost(config: Config) -> Cost:
     readout = priced.finish + priced.logits + cross_entropy(shape.classes)
     depth = config.training.depth
     steps = model.steps if depth is None else depth.backprop
-    loop = steps * thinking(model, shape, config.rule)
+    loop = thinking_in_training(model, shape, config.rule, steps)
     if config.rule.mixes == "losses":  # one readout a step
         loop += steps * readout
         total = priced.begin + loop
@@ -311,12 +350,13 @@ def inference_flops(
     whole = (shape.length + 1) / 2 if isinstance(model, TokenModel) and model.causal else shape.length
     keys, step_keys = whole if keys is None else keys, whole if step_keys is None else step_keys
     lean = parts(model, shape, rule.needs, keys)
-    useful = lanes * lean.begin + lane_steps * thinking(model, shape, rule, step_keys) + targets * lean.logits
+    useful = lanes * (lean.begin + choosing(model)) + targets * lean.logits
+    useful += lane_steps * thinking(model, shape, rule, step_keys)
     # A coda attends: it needs the other lanes too. A final norm does not.
     attends = isinstance(model, Transformer) and model.coda_layers > 0
     useful += (lanes if attends else targets) * lean.finish
     full = parts(model, shape, rule.needs)
-    each = full.begin + model.steps * thinking(model, shape, rule) + full.finish + full.logits
+    each = full.begin + choosing(model) + model.steps * thinking(model, shape, rule) + full.finish + full.logits
     return useful.forward, (lanes + padding) * each.forward
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ponder import sweep
 from ponder.errors import UserError
-from ponder.models.config import ModelConfig, TokenModel, Transformer, layer_counts, meets_stopped
+from ponder.models.config import ModelConfig, RoutedTransformer, TokenModel, Transformer, layer_counts, meets_stopped
 from ponder.protocols import Measure, Rule, Taught
 from ponder.tasks.task import SPLITS, Task
 
@@ -218,6 +218,7 @@ def validate(config: Config) -> None:
         *_of_depth(config),
         *_of_updates(config),
         *_of_start(config),
+        *_of_routing(config),
         (
             not (training.freeze and isinstance(config.rule, Taught)),
             f"training.freeze is on, but {type(config.rule).__name__} is taught by steps taken after the stop",
@@ -315,6 +316,8 @@ def check_depth(model: ModelConfig, steps: int) -> None:
             f"model.tied is False: each of its {model.steps} steps has parameters of its own, "
             f"and there are none for step {steps}"
         )
+    if isinstance(model, RoutedTransformer) and steps != model.steps:
+        raise UserError(f"{type(model).__name__} is routed for {model.steps} steps, and cannot run {steps}")
 
 
 def _of_depth(config: Config) -> Iterator[tuple[bool, str]]:
@@ -365,6 +368,20 @@ def _of_start(config: Config) -> Iterator[tuple[bool, str]]:
         yield mixes == "losses", f"start.train is heads, but {rule} mixes {mixes}: use a rule that mixes losses"
         yield config.optim.ema_decay is None, "optim.ema_decay is set, but start.train is heads: set it to None"
         yield not config.model.remat, "model.remat is on, but start.train is heads: no layer has a backward pass"
+
+
+def _of_routing(config: Config) -> Iterator[tuple[bool, str]]:
+    model, rule = config.model, config.rule
+    if not isinstance(model, RoutedTransformer):
+        return
+    name = type(model).__name__
+    yield (
+        rule.mixes == "neither" and not rule.needs,
+        f"{name} chooses by itself which tokens a step runs on, and no rule can: use Fixed, not {type(rule).__name__}",
+    )
+    yield model.halts == "token", f"model.halts is {model.halts}, but {name} chooses token by token: use token"
+    yield not config.training.freeze, f"training.freeze is on, but {name} is trained by choices that inference lacks"
+    yield config.training.depth is None, f"training.depth is set, but {name} has a choice for each of its K steps"
 
 
 def _impossible(config: Config) -> Iterator[str]:

@@ -112,7 +112,8 @@ def evaluate(
     if not walks.can_walk(config):
         raise UserError(
             f"{type(config.rule).__name__} on {type(config.task).__name__} has no walk: rules that mix states answer "
-            "with no single step, and tasks in bits have no questions that are right or wrong"
+            "with no single step, routed models stop tokens by themselves, and tasks in bits have no questions that "
+            "are right or wrong"
         )
     if resplits < 0 or (resplits and risk is None):
         raise UserError(f"--resplits is {resplits}: at least 0, and with --risk, whose promise it tries")

@@ -43,6 +43,8 @@ class Sums(NamedTuple):
     padding: Float[Array, ""]  # every other lane
     run_on_loss: Float[Array, ""]  # of the answer at the stop when stopped lanes run on, summed over targets
     expected_loss: Float[Array, ""]  # the training objective's task loss, summed over targets
+    choices: Float[Array, ""] | None = None  # of a routed trajectory, over all lanes: see `protocols.Routed`
+    agreed: Float[Array, ""] | None = None
 
 
 class Lanes(NamedTuple):
@@ -93,10 +95,12 @@ def make_evaluate_step(graphdef: Any, config: Config) -> Callable[[Any, Batch, j
                     lanes=jnp.sum(mask),
                     lane_steps=jnp.sum(frozen.steps.astype(jnp.float32)),
                     keys=jnp.sum(keys * mask),
-                    step_keys=jnp.sum(keys * frozen.steps),
+                    step_keys=jnp.sum(keys * frozen.steps if frozen.routed is None else frozen.routed.keys),
                     padding=jnp.sum(1.0 - mask),
                     run_on_loss=jnp.sum(run_on.stop_loss * batch.weights),
                     expected_loss=jnp.sum(run_on.task_loss * batch.weights),
+                    choices=None if run_on.routed is None else jnp.sum(run_on.routed.choices),
+                    agreed=None if run_on.routed is None else jnp.sum(run_on.routed.agreed),
                 ),
                 Lanes(frozen.steps, frozen.correct),
             )
@@ -219,7 +223,10 @@ def unstack(tree: Any, members: int) -> Iterator[Any]:
 
 
 def summarise(sums: Any, config: Config, length: int) -> Row:
-    """One evaluation row out of totals over rows of `length`. FLOPs are per example; useful ones end at the stop."""
+    """One evaluation row out of totals over rows of `length`. FLOPs are per example; useful ones end at the stop.
+
+    `router_agreement`, of a routed model: share of the choices in training whose like inference would have made.
+    """
     examples, targets = sums.examples.sum(), sums.targets.sum()
     useful, spent = compute.inference_flops(
         config,
@@ -253,6 +260,8 @@ def summarise(sums: Any, config: Config, length: int) -> Row:
             for d in np.flatnonzero(sums.examples)
         ],
     }
+    if sums.choices is not None:
+        row["router_agreement"] = float(sums.agreed / max(sums.choices, 1.0))
     if config.task.unit == "bits":
         row["bits_per_byte"] = row["loss"] / float(np.log(2))
     return row

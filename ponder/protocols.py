@@ -132,6 +132,25 @@ class Trajectory(Protocol):
         """fp32 always."""
 
 
+class Routed(NamedTuple):
+    """What became of each lane where a trajectory chooses by itself which lanes a step runs on."""
+
+    executed: Int[jax.Array, "*n"]  # int32, steps that ran on it
+    keys: Float[jax.Array, "*n"]  # fp32, lanes that it saw in them, itself included, summed; at inference alone
+    choices: Float[jax.Array, "*n"]  # fp32, times that training chose for or against it, and those of them that
+    agreed: Float[jax.Array, "*n"]  # inference would have chosen alike
+    auxiliary: Float[jax.Array, "*n"]  # fp32 nats, what the choosing is taught; 0 on lanes that do not think
+
+
+@runtime_checkable
+class Routing(Trajectory, Protocol):
+    """A trajectory whose steps run on some lanes only. Without `running` it chooses as in training, with what only
+    whole sequences tell; where `running` is given it chooses as at inference, and causally."""
+
+    def routed(self, state: State) -> Routed:
+        """Over the steps that the state has been through. The loss adds the mean of `auxiliary` over thinking lanes."""
+
+
 class Ran(NamedTuple):
     """What an executor gives back."""
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from ponder.config import Config
 from ponder.data.batch import Batch
 from ponder.engine import depth
-from ponder.objectives.ponder import Thought, mean_over, ponder_loss, thinking_lanes
+from ponder.objectives.ponder import Midway, mean_over, ponder_loss, thinking_lanes
 from ponder.optim import heads_alone
 from ponder.protocols import State, Taught
 
@@ -55,8 +55,8 @@ def make_train_step(
     """`(state, batch, key) -> (state, metrics)`, pure.
 
     `key` is the run's key: the step's own is `fold_in(key, step)`, so a resumed run draws the same numbers. Metrics:
-    loss, task_loss and lesson, where the rule has one (nats a target), cost (a thinking lane), steps (a target),
-    gradient_norm (before clipping).
+    loss, task_loss and lesson, where the rule has one (nats a target), cost and, of a routed trajectory, auxiliary (a
+    thinking lane), steps (a target), gradient_norm (before clipping).
     """
     parts = config.optim.accumulate
     gradient = jax.grad(make_loss(graphdef, config), has_aux=True)
@@ -103,7 +103,7 @@ def make_loss(graphdef: Any, config: Config) -> Callable[..., tuple[jax.Array, t
         whole: Batch,
         key: jax.Array,
         before: jax.Array | None = None,
-        start: Thought | None = None,
+        start: Midway | None = None,
     ) -> tuple[jax.Array, tuple[Metrics, State]]:
         trajectory = nnx.merge(graphdef, heads_alone(params) if config.heads_only else params)
         steps = None if training.depth is None else training.depth.backprop
@@ -128,7 +128,12 @@ def make_loss(graphdef: Any, config: Config) -> Callable[..., tuple[jax.Array, t
         total = task_loss + lesson + rule.cost_weight * cost
         steps_taken = mean_over(outcome.steps.astype(jnp.float32), targets) * of_targets
         told = {"loss": total, "task_loss": task_loss, "cost": cost, "steps": steps_taken}
-        return total, (told | {"lesson": lesson} if isinstance(rule, Taught) else told, outcome.state)
+        if isinstance(rule, Taught):
+            told["lesson"] = lesson
+        if outcome.routed is not None:
+            told["auxiliary"] = mean_over(outcome.routed.auxiliary, lanes) * of_lanes
+            told["loss"] = total = total + told["auxiliary"]
+        return total, (told, outcome.state)
 
     return loss
 

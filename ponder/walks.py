@@ -20,7 +20,7 @@ from ponder.halting.classifier import Classifier
 from ponder.halting.correctness import Correctness
 from ponder.halting.fixed import Fixed
 from ponder.halting.readout import Readout
-from ponder.models.config import meets_stopped
+from ponder.models.config import RoutedTransformer, meets_stopped
 from ponder.objectives.ponder import lane_mask, thinking_lanes
 from ponder.objectives.walk import walk
 from ponder.program import Program
@@ -122,9 +122,11 @@ class Walker:
 
 
 def can_walk(config: Config) -> bool:
-    """Whether a walk says what exits would have done: not of ACT, which answers with a mean of states, and not yet of
-    tasks in bits, whose rows are no questions that are right or wrong."""
-    return config.rule.mixes != "states" and config.task.unit != "bits"
+    """Whether a walk says what exits would have done: not of ACT, which answers with a mean of states, nor of routed
+    models, whose tokens stop by themselves; and not yet of tasks in bits, whose rows are no questions that are right or
+    wrong."""
+    routed = isinstance(config.model, RoutedTransformer)
+    return config.rule.mixes != "states" and not routed and config.task.unit != "bits"
 
 
 def rows(recorded: Recorded, depths: tuple[int, ...] = (), points: int = 17) -> list[Row]:

@@ -98,6 +98,90 @@ class TwoState(TokenModel):
 
 
 @dataclass(frozen=True)
+class RoutedTransformer(Transformer):
+    """Base of transformers whose steps run on some tokens only, which attend to each other alone.
+
+    A chosen token goes from x to x + w (f(x) - x), where f is the whole step, its residuals included, and w what the
+    router says: with w = 1 it is an ordinary step. The others stay where they are. They need rule `Fixed`.
+    """
+
+    inject: bool = False
+    halting_head: bool = False
+
+    def capacities_by_step(self) -> tuple[float | None, ...]:
+        """Share of a sequence's tokens that each of the K steps runs on in training; None: all, and no choice."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MixtureOfDepths(RoutedTransformer):
+    """A deep transformer whose every other step runs on the tokens with the highest scores in their sequence.
+
+    Raposo et al. 2024, arXiv 2404.02258, eq. 1: a linear router scores, and its score is w. Here it has a bias, too,
+    which starts at 1, so that a chosen token starts with an ordinary step; which are chosen does not hang on it.
+    """
+
+    trajectory: ClassVar[str] = "ponder.models.routing:MixtureOfDepths"
+
+    prelude_layers: int = 0
+    tied: bool = False
+    capacity: float = 0.125
+    """Share of a sequence's tokens (padding is in its length), rounded up, that steps 2, 4, ... run on in training."""
+    predictor_weight: float = 0.01
+    """Of the binary cross entropy that teaches a causal predictor what the scores will choose."""
+
+    def capacities_by_step(self) -> tuple[float | None, ...]:
+        return tuple(None if k % 2 else self.capacity for k in range(1, self.steps + 1))
+
+
+@dataclass(frozen=True)
+class ExpertChoiceRecursions(RoutedTransformer):
+    """Mixture-of-Recursions, expert choice: each recursion of the core keeps the best of those that the last one kept.
+
+    Bae et al. 2025, arXiv 2507.10524, section 2.2.1: w = alpha * sigmoid(score), keys recursion by recursion, and a
+    causal predictor (the paper's auxiliary router). Prelude, tied core and coda are its middle cycle.
+    """
+
+    trajectory: ClassVar[str] = "ponder.models.routing:ExpertChoiceRecursions"
+
+    coda_layers: int = 1
+    capacities: tuple[float, ...] | None = None
+    """Share of a sequence's tokens, rounded up, that recursion k runs on in training. None: (K - k + 1) / K."""
+    alpha: float = 1.0
+    """The released code has 0.1, but of a block with its residual in. Here that would leave a twentieth of a step."""
+    predictor_weight: float = 0.01
+    """As in MixtureOfDepths."""
+
+    def capacities_by_step(self) -> tuple[float | None, ...]:
+        if self.capacities is not None:
+            return self.capacities
+        return tuple((self.steps - k) / self.steps for k in range(self.steps))
+
+
+@dataclass(frozen=True)
+class TokenChoiceRecursions(RoutedTransformer):
+    """Mixture-of-Recursions, token choice: before the first recursion each token takes a number of them, 1 to K.
+
+    Bae et al. 2025, section 2.2.1: softmax over the K depths, the likeliest is taken and w is alpha times its
+    probability, at each of them. Causal, so training and inference choose alike; but training runs every recursion on
+    every token and masks, which saves nothing.
+
+    A balance loss keeps the depths in use, over each sequence by itself: so the parts of a batch add up, and no
+    sequence depends on another. The loss-free bias would need state that the optimizer step carries.
+    """
+
+    trajectory: ClassVar[str] = "ponder.models.routing:TokenChoiceRecursions"
+
+    coda_layers: int = 1
+    alpha: float = 1.0
+    balance_weight: float = 0.1
+    """Of K sum_i f_i P_i (Fedus et al. 2021, eq. 4): share of tokens that took i times the mean probability of i."""
+
+    def capacities_by_step(self) -> tuple[float | None, ...]:
+        return (None,) * self.steps
+
+
+@dataclass(frozen=True)
 class Recurrent(ModelConfig):
     """An RNN or GRU cell that reads the whole input vector at every thinking step. One lane per example.
 

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from ponder.errors import UserError
-from ponder.models.config import ModelConfig, Recurrent, TokenModel, Transformer, TwoState
+from ponder.models.config import (
+    ExpertChoiceRecursions,
+    MixtureOfDepths,
+    ModelConfig,
+    Recurrent,
+    RoutedTransformer,
+    TokenChoiceRecursions,
+    TokenModel,
+    Transformer,
+    TwoState,
+)
 from ponder.tasks.task import Shape
 
 
@@ -27,12 +40,21 @@ class Sizes(NamedTuple):
 LEAST = {"d_model": 1, "heads": 1, "core_layers": 1, "prelude_layers": 0, "coda_layers": 0, "cycles": 1, "updates": 1}
 
 
+def slots(capacity: float, length: int) -> int:
+    """Tokens of a sequence that a routed step of this capacity runs on: ceil(capacity * length), rounding apart."""
+    return max(1, math.ceil(capacity * length - 1e-6))
+
+
 def check(config: ModelConfig, shape: Shape) -> None:
     """Raises UserError where the model cannot be built, or not for a task of this shape."""
     if config.steps < 1:
         raise UserError(f"model.steps is {config.steps}: a model thinks for at least 1 step")
     if isinstance(config, TokenModel):
         _check_tokens(config, shape)
+        if isinstance(config, RoutedTransformer):
+            for right, message in _of_routing(config):
+                if not right:
+                    raise UserError(message)
     elif isinstance(config, Recurrent):
         if config.d_model < 1:
             raise UserError(f"model.d_model is {config.d_model}, and must be at least 1")
@@ -82,3 +104,25 @@ def _check_tokens(config: TokenModel, shape: Shape) -> None:
         raise UserError(
             f"model.tied_embeddings needs as many classes ({shape.classes}) as input ids ({shape.vocabulary})"
         )
+
+
+def _of_routing(config: RoutedTransformer) -> Iterator[tuple[bool, str]]:
+    yield (
+        config.kv == "depth",
+        f"model.kv is {config.kv!r}, but tokens that a step runs on see the keys they have in it: use depth",
+    )
+    if isinstance(config, MixtureOfDepths):
+        yield config.steps >= 2, f"model.steps is {config.steps}: every other step is routed, so at least 2"
+        yield 0 < config.capacity <= 1, f"model.capacity is {config.capacity}: above 0 and at most 1"
+    if isinstance(config, ExpertChoiceRecursions) and (shares := config.capacities) is not None:
+        yield len(shares) == config.steps, f"model.capacities has {len(shares)} shares for {config.steps} recursions"
+        yield all(0 < each <= 1 for each in shares), f"model.capacities is {shares}: each above 0 and at most 1"
+        falling = all(later <= earlier for earlier, later in itertools.pairwise(shares))
+        yield falling, f"model.capacities is {shares}: a recursion keeps some of the last one's, so they never rise"
+    if isinstance(config, MixtureOfDepths | ExpertChoiceRecursions):
+        weight = config.predictor_weight
+        yield weight >= 0, f"model.predictor_weight is {weight}: at least 0"
+    if isinstance(config, ExpertChoiceRecursions | TokenChoiceRecursions):
+        yield config.alpha > 0, f"model.alpha is {config.alpha}: above 0"
+    if isinstance(config, TokenChoiceRecursions):
+        yield config.balance_weight >= 0, f"model.balance_weight is {config.balance_weight}: at least 0"

@@ -13,7 +13,7 @@ from ponder.engine import depth
 from ponder.engine import together as groups
 from ponder.engine.masked import Moment, masked
 from ponder.objectives.language import correct, cross_entropy
-from ponder.protocols import Path, Ran, Rule, State, Taught, Trajectory
+from ponder.protocols import Path, Ran, Routed, Routing, Rule, State, Taught, Trajectory
 
 
 class Outcome(NamedTuple):
@@ -23,14 +23,15 @@ class Outcome(NamedTuple):
     stop_loss: Float[jax.Array, "*n"]  # fp32 nats: of the answer read out at the stop, as at inference
     cost: Float[jax.Array, "*n"]  # fp32, the rule's regulariser before `rule.cost_weight`
     thinks: Bool[jax.Array, "*n"]  # see `thinking_lanes`
-    steps: Int[jax.Array, "*n"]  # int32, executed until the stop
+    steps: Int[jax.Array, "*n"]  # int32, executed until the stop; a routed lane's are those that ran on it
     correct: Bool[jax.Array, "*n"]  # of the answer read out at the stop
     p_halt: Float[jax.Array, "K *n"]  # fp32
     lesson: Float[jax.Array, "*n"]  # fp32 nats: what the heads are taught (`protocols.Taught`), mean over steps; else 0
     state: State  # at the stop; lanes that do not think have not moved
+    routed: Routed | None = None  # what came of the choice, where the trajectory is one of `protocols.Routing`
 
 
-class Thought(NamedTuple):
+class Midway(NamedTuple):
     """A thought that is taken up again."""
 
     state: State
@@ -73,7 +74,7 @@ def ponder_loss(
     freeze: bool,
     steps: int | None = None,
     before: jax.Array | None = None,
-    start: Thought | None = None,
+    start: Midway | None = None,
     unroll: bool = True,
     remat: bool = False,
 ) -> tuple[Float[jax.Array, ""], Outcome]:
@@ -82,6 +83,7 @@ def ponder_loss(
     loss = mean of task_loss + lesson over target lanes (by `batch.weights`) + rule.cost_weight * mean of cost over the
     lanes that think (`thinking_lanes`). Where lanes see each other's steps the prompt thinks and pays, too, and its
     length dilutes the price of a step on an answer. Both are means over lanes: more rows or padding change neither.
+    What a routed trajectory's choosing is taught (`Routed.auxiliary`) is added as its mean over lanes that think.
 
     Where the rule mixes losses (PonderNet eq. 3), each lane's cross entropy at step k is weighted by that lane's own
     p_halt[k], and only then reduced: a loss averaged first would tell no lane when to stop. Otherwise the final state
@@ -129,7 +131,10 @@ def ponder_loss(
             state=ran.state,
         )
     loss = mean_over(outcome.task_loss + outcome.lesson, batch.weights)
-    return loss + rule.cost_weight * mean_over(outcome.cost, outcome.thinks), outcome
+    loss = loss + rule.cost_weight * mean_over(outcome.cost, outcome.thinks)
+    if outcome.routed is not None:
+        loss = loss + mean_over(outcome.routed.auxiliary, outcome.thinks)
+    return loss, outcome
 
 
 def predict(
@@ -157,7 +162,7 @@ def run(
     key: jax.Array,
     *,
     before: jax.Array | None = None,
-    start: Thought | None = None,
+    start: Midway | None = None,
     observe: Any = None,
     **options: Any,
 ) -> Ran:
@@ -193,14 +198,16 @@ def _path(
 def _read_out(trajectory: Trajectory, ran: Ran, batch: Batch) -> Outcome:
     logits = trajectory.logits(trajectory.finish(ran.state, ran.context))
     loss = cross_entropy(logits, batch.targets)
+    routed = trajectory.routed(ran.state) if isinstance(trajectory, Routing) else None
     return Outcome(
         task_loss=loss,
         stop_loss=loss,
         cost=ran.cost,
         thinks=thinking_lanes(trajectory, batch),
-        steps=ran.steps,
+        steps=ran.steps if routed is None else routed.executed,
         correct=correct(logits, batch.targets),
         p_halt=ran.weight,
         lesson=jnp.zeros_like(loss),
         state=ran.state,
+        routed=routed,
     )
