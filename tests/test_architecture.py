@@ -22,7 +22,7 @@ FLOORS = (
     "halting models",
     "engine",
     "objectives",
-    "evaluation optim profiling program step",
+    "deep_supervision evaluation optim profiling program step",
     "recipes",
     "runlog start walks",
     "cli jobs reporting",
