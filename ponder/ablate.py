@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import shlex
@@ -25,7 +26,7 @@ from typing import IO, Any
 from etils import epy
 from rich.console import Console
 
-from ponder import cli, compute, records, serialization, writers
+from ponder import cli, compute, records, serialization, sweep, writers
 from ponder.config import Config
 from ponder.errors import UserError
 from ponder.jobs import Failure, Job, JobFailed, available_cores, cores_of_a_job
@@ -38,6 +39,7 @@ with epy.lazy_imports():  # `--help` needs none of these
 
 Row = dict[str, Any]
 TRAIN = (sys.executable, "-m", "ponder.train")
+VMAPS = ("vmap_seeds", "vmap_sweep")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Options:
     """Runs at a time. From 2 on, each has one core to itself."""
     vmap_seeds: bool = False
     """Train all seeds of an arm in one run, as a vmapped axis. Pays on accelerators, not on CPU."""
+    vmap_sweep: bool = False
+    """The same, and with it all arms that differ by numbers alone: tau, lambda_p, learning rate (`ponder.sweep`)."""
     threshold: float = 0.95
     """Accuracy from which a seed counts as a success."""
     dry_run: bool = False
@@ -79,7 +83,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Training(Job):
-    """The run of one member, or of several that differ by the seed alone."""
+    """The run of one member, or of several in the order of its vmapped axis."""
 
     members: tuple[Member, ...]
 
@@ -124,6 +128,8 @@ def plan(experiment: cli.Experiment, options: Options) -> list[Member]:
             raise UserError(f"ablate sets {name} itself: leave {name}= out, and choose with --{name}s")
     if taken := {"seed", "seeds"} & experiment.overrides.keys():
         raise UserError(f"ablate sets the seeds itself: leave --config.{taken.pop()} out, and choose with --seeds")
+    if "sweep" in experiment.overrides:
+        raise UserError("ablate sweeps over arms: leave --config.sweep out, and give --vmap_sweep")
     for arm in options.arms:
         if arm not in experiment.arms:
             raise UserError(f"{experiment.source} has no arm {arm!r}{serialization.nearest(arm, experiment.arms)}")
@@ -169,18 +175,29 @@ def settings_of(row: Row) -> str:
 def to_run(experiment: cli.Experiment, options: Options, members: Sequence[Member]) -> list[Training]:
     """The trainings that members need."""
     root = Path(options.workdir or Path("runs") / Path(options.output).name)
-    groups = group(members) if options.vmap_seeds else [(member,) for member in members]
+    groups = group(members) if options.vmap_seeds or options.vmap_sweep else [(member,) for member in members]
     jobs = []
-    for of_group in groups:
-        first, count = of_group[0], len(of_group)
-        name = f"{first.arm}-seed{first.seed}" + (f"to{of_group[-1].seed}" if count > 1 else "")
-        workdir = root / f"{name}-{first.key[:8]}"
+    for of_run in together(groups) if options.vmap_sweep else [(of_group,) for of_group in groups]:
+        first, last, others = of_run[0][0], of_run[0][-1], len(of_run) - 1
+        several = last.seed > first.seed
+        # A later run may begin with the same member and have other arms beside it.
+        key = f"{first.key[:8]}-{_digest(of_run)}" if others else first.key[:8]
+        name = first.arm + (f"-and{others}" if others else "")
+        workdir = root / f"{name}-seed{first.seed}{f'to{last.seed}' if several else ''}-{key}"
         words = experiment.command(arm=first.arm, seed=first.seed)
-        words += [f"--config.seeds={count}"] if count > 1 else []
+        words += [f"--config.seeds={len(of_run[0])}"] if several else []
+        if others:
+            words.append("--config.sweep=" + ",".join(sweep.settings([of_arm[0].config for of_arm in of_run])))
         command = (*TRAIN, *words, f"--workdir={workdir}")
-        title = f"{first.arm} seed {first.seed}" + (f" to {of_group[-1].seed}" if count > 1 else "")
-        jobs.append(Training(title, workdir, command, of_group))
+        title = f"{first.arm}{f' and {others} more' if others else ''} seed {first.seed}"
+        title += f" to {last.seed}" if several else ""
+        jobs.append(Training(title, workdir, command, tuple(member for of_arm in of_run for member in of_arm)))
     return jobs
+
+
+def _digest(groups: Sequence[Sequence[Member]]) -> str:
+    keys = " ".join(member.key for group in groups for member in group)
+    return hashlib.sha256(keys.encode()).hexdigest()[:8]
 
 
 def group(members: Sequence[Member]) -> list[tuple[Member, ...]]:
@@ -194,6 +211,21 @@ def group(members: Sequence[Member]) -> list[tuple[Member, ...]]:
         else:
             groups.append([member])
     return [tuple(found) for found in groups]
+
+
+def together(groups: Sequence[tuple[Member, ...]]) -> list[list[tuple[Member, ...]]]:
+    """Groups that can be settings of one sweep, together: alike, of the same seeds, and no two the same."""
+    found: list[list[tuple[Member, ...]]] = []
+    for each in groups:
+        for others in found:
+            same_seeds = [member.seed for member in others[0]] == [member.seed for member in each]
+            new = all(other[0].key != each[0].key for other in others)
+            if same_seeds and new and sweep.alike(others[0][0].config, each[0].config):
+                others.append(each)
+                break
+        else:
+            found.append([each])
+    return found
 
 
 def run(jobs: Sequence[Job], options: Options, output: Path) -> list[Failure]:
@@ -224,11 +256,12 @@ def run(jobs: Sequence[Job], options: Options, output: Path) -> list[Failure]:
 
 def rows_of(job: Training, seconds: float, at_once: int, output: Path) -> list[Row]:
     """Rows of runs.jsonl out of a finished workdir. `seconds`: wall-clock of its last session."""
-    results = {row["seed"]: row for row in json.loads((job.workdir / "results.json").read_text())}
+    results = json.loads((job.workdir / "results.json").read_text())
     metrics = writers.read_rows(job.workdir / "metrics.jsonl")
     rows = []
-    for member in job.members:
-        result = results[member.seed]
+    for member, result in zip(job.members, results, strict=True):
+        if result["seed"] != member.seed:
+            raise ValueError(f"seed {result['seed']} in place of {member.seed}")
         # A run that was cut short has trained longer than its last session took.
         wall = max(seconds, result["train_seconds"])
         is_cpu = finished.unit_of_cost(result["hardware"]) == "core-hours"
@@ -337,7 +370,7 @@ def command_line(experiment: cli.Experiment, options: Options) -> str:
         words.append(f"--seeds={options.seeds}")
     if options.arms:
         words.append(f"--arms={','.join(options.arms)}")
-    return shlex.join([*words, f"--jobs={options.jobs}", *(["--vmap_seeds"] if options.vmap_seeds else [])])
+    return shlex.join([*words, f"--jobs={options.jobs}", *(f"--{name}" for name in VMAPS if getattr(options, name))])
 
 
 if __name__ == "__main__":

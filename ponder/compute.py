@@ -21,7 +21,7 @@ import numpy as np
 
 from ponder.config import Config, Depth
 from ponder.errors import UserError
-from ponder.models.config import ModelConfig, Recurrent, Transformer
+from ponder.models.config import ModelConfig, Recurrent, TokenModel, Transformer, TwoState
 from ponder.models.sizes import Sizes
 from ponder.protocols import Rule
 from ponder.tasks.task import Shape
@@ -118,14 +118,19 @@ def halting_head(size: Number) -> Cost:
     return normalise(size) + Cost(2 * size, 2 * size)
 
 
-def keys_values(model: Transformer) -> Cost:
+def pooling(lanes: Number) -> Cost:
+    """The mean of a logit over the lanes that halt together, for each of them."""
+    return Cost(2 * lanes, 2 * lanes)
+
+
+def keys_values(model: TokenModel) -> Cost:
     """Keys and values of one layer, from its normed input."""
     sizes = Sizes.of(model)
     width = sizes.kv_heads * sizes.head_size
     return 2 * linear(model.d_model, width) + rope(width) + shared(model.d_model, 3)
 
 
-def layer(model: Transformer, keys: Number, own_keys: bool = True) -> Cost:
+def layer(model: TokenModel, keys: Number, own_keys: bool = True) -> Cost:
     """One block a query. `own_keys` False: its keys and values are given."""
     sizes = Sizes.of(model)
     size, width = model.d_model, model.heads * sizes.head_size
@@ -144,12 +149,17 @@ def parts(model: ModelConfig, shape: Shape, needs: frozenset[str] = frozenset(),
     """
     if isinstance(model, Transformer):
         bare = _transformer(model, shape, shape.length if keys is None else keys)
+    elif isinstance(model, TwoState):
+        bare = _two_state(model, shape, shape.length if keys is None else keys)
     elif isinstance(model, Recurrent):
         bare = _recurrent(model, shape)
     else:
-        raise UserError(f"the ledger does not know {type(model).__name__}: use Transformer or Recurrent")
+        raise UserError(f"the ledger does not know {type(model).__name__}: use Transformer, TwoState or Recurrent")
     see = Cost()
-    see += halting_head(model.d_model) * len(needs & {"halt", "probe", "go"})
+    heads = len(needs & {"halt", "probe", "go"})
+    see += halting_head(model.d_model) * heads
+    if isinstance(model, TokenModel) and model.halts == "example":
+        see += pooling(shape.length) * heads
     if "logits" in needs:
         see += bare.finish + bare.logits
     return dataclasses.replace(bare, see=see)
@@ -171,6 +181,22 @@ def _transformer(model: Transformer, shape: Shape, keys: Number) -> Parts:
         see=Cost(),
         mix=Cost(2 * size, 3 * size),
         finish=model.coda_layers * layer(model, keys) + norm(size),
+        logits=linear(size, shape.classes),
+    )
+
+
+def _two_state(model: TwoState, shape: Shape, keys: Number) -> Parts:
+    size, updates = model.d_model, model.updates
+    network = model.core_layers * layer(model, keys) + normalise(size)
+    think, answer = network + residual(size), network + residual(size)  # each adds to its state what it goes by
+    cycle = updates * think + answer + residual(size)
+    learns = think + answer if model.gradient == "last" else cycle
+    return Parts(
+        begin=embedding(size, shape.words) + normalise(size),
+        step=Cost(model.cycles * cycle.forward, learns.backward),
+        see=Cost(),
+        mix=Cost(2 * size, 3 * size),
+        finish=norm(size),
         logits=linear(size, shape.classes),
     )
 
@@ -199,6 +225,10 @@ def thinking(model: ModelConfig, shape: Shape, rule: Rule, keys: Number | None =
 
 def training_cost(config: Config) -> Cost:
     """Spent FLOPs a lane and optimizer step: K steps of training, every lane running on."""
+    if config.training.updates == "step":  # as many passes of one step, each from the embedding on
+        once = dataclasses.replace(config, model=dataclasses.replace(config.model, steps=1))
+        once = dataclasses.replace(once, training=dataclasses.replace(config.training, updates="batch"))
+        return config.model.steps * training_cost(once)
     model, shape = config.model, config.task.shape
     priced = parts(model, shape, config.rule.needs)
     readout = priced.finish + priced.logits + cross_entropy(shape.classes)
@@ -269,7 +299,7 @@ def inference_flops(
     # The width of a recurrent input is fixed by its parameters; a sequence of tokens may be longer.
     if shape.lanes == "token" and length is not None:
         shape = shape._replace(length=length)
-    whole = (shape.length + 1) / 2 if isinstance(model, Transformer) and model.causal else shape.length
+    whole = (shape.length + 1) / 2 if isinstance(model, TokenModel) and model.causal else shape.length
     keys, step_keys = whole if keys is None else keys, whole if step_keys is None else step_keys
     lean = parts(model, shape, rule.needs, keys)
     useful = lanes * lean.begin + lane_steps * thinking(model, shape, rule, step_keys) + targets * lean.logits

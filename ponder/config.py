@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ponder import sweep
 from ponder.errors import UserError
-from ponder.models.config import ModelConfig, Transformer, shares_steps
+from ponder.models.config import ModelConfig, TokenModel, Transformer, meets_stopped
 from ponder.protocols import Measure, Rule, Taught
 from ponder.tasks.task import SPLITS, Task
 
@@ -62,6 +63,9 @@ class Training:
     """Total training FLOPs, spent. When given it sets `steps`, so that arms of different cost train equally long."""
     depth: Depth | None = None
     """Draw the number of steps of each batch. None: `model.steps`, always, which else are those of evaluation alone."""
+    updates: Literal["batch", "step"] = "batch"
+    """Optimizer updates: one a batch, or one after every thinking step on the same batch, with the state handed on
+    without gradient (the deep supervision of HRM and TRM). Schedules and averages then count updates."""
     freeze: bool = False
     """Stop halted lanes in training too. Off: they run on, the usual relaxation; the gap is reported."""
 
@@ -127,6 +131,9 @@ class Config:
     seed: int = 0
     seeds: int = 1
     """Train this many seeds (seed, seed + 1, ...) at once, as a vmapped axis. Pays on accelerators, not on CPU."""
+    sweep: tuple[str, ...] = ()
+    """Train these settings of numbers at once, too, all seeds of each: "rule.prior=0.1 optim.lr=3e-4" is one (see
+    `ponder.sweep`). A member that diverges ends them all."""
 
 
 # What may differ when a workdir is resumed; everything else is refused with the difference.
@@ -163,6 +170,7 @@ def validate(config: Config) -> None:
             f"optim.ema_decay is {optim.ema_decay}: between 0 and 1, or None",
         ),
         *_of_depth(config),
+        *_of_updates(config),
         (
             not (training.freeze and isinstance(config.rule, Taught)),
             f"training.freeze is on, but {type(config.rule).__name__} is taught by steps taken after the stop",
@@ -174,9 +182,9 @@ def validate(config: Config) -> None:
         ),
         (0 < config.evaluation.risk < 1, f"evaluation.risk is {config.evaluation.risk}: between 0 and 1"),
         (
-            not (config.evaluation.readouts and shares_steps(model)),
-            "evaluation.readouts need tokens that do not see each other's steps (model.kv=first and no coda): what a "
-            "walk foretells, and its risk, is else not what happens",
+            not (config.evaluation.readouts and meets_stopped(model)),
+            "evaluation.readouts need tokens that do not see each other's steps (model.kv=first and no coda) or stop "
+            "together (model.halts=example): what a walk foretells, and its risk, is else not what happens",
         ),
         (
             config.evaluation.walk or not (config.evaluation.readouts or config.evaluation.depths),
@@ -184,7 +192,7 @@ def validate(config: Config) -> None:
         ),
         (config.checkpoint.keep_last >= 1, f"checkpoint.keep_last is {config.checkpoint.keep_last}: at least 1"),
         (
-            not (config.task.predicts_next and isinstance(model, Transformer)) or model.causal,
+            not (config.task.predicts_next and isinstance(model, TokenModel)) or model.causal,
             f"model.causal is False, but {type(config.task).__name__} asks each token for the next, which it would see",
         ),
         (config.seed >= 0, f"seed is {config.seed}: at least 0"),
@@ -216,6 +224,7 @@ def validate(config: Config) -> None:
             raise UserError(message)
     for depth in config.evaluation.depths:
         check_depth(model, depth)
+    sweep.check(config, validate)
 
 
 def check_depth(model: ModelConfig, steps: int) -> None:
@@ -243,6 +252,22 @@ def _of_depth(config: Config) -> Iterator[tuple[bool, str]]:
     taught = config.rule.needs & {"halt", "probe", "go"}
     yield not taught, f"training.depth is set, but {type(config.rule).__name__} has a head, which must see step 1 on"
     yield not config.training.freeze, "training.freeze and training.depth exclude each other: all lanes run r steps"
+
+
+def _of_updates(config: Config) -> Iterator[tuple[bool, str]]:
+    training, rule = config.training, config.rule
+    if training.updates == "batch":
+        return
+    yield (
+        getattr(rule, "steps_alone", False),
+        f"training.updates is step, but {type(rule).__name__} does not judge each step by itself: use Supervised, "
+        "Readout, or Correctness without continue_target",
+    )
+    tied = not isinstance(config.model, Transformer) or config.model.tied
+    yield tied, "model.tied is False: training.updates=step needs a core that is the same at every step"
+    yield training.depth is None, "training.updates=step and training.depth exclude each other: all steps are updates"
+    yield not training.freeze, "training.updates=step and training.freeze exclude each other: all lanes take all steps"
+    yield config.optim.accumulate == 1, "training.updates=step needs optim.accumulate=1: a step's state is of one batch"
 
 
 def _impossible(config: Config) -> Iterator[str]:

@@ -19,11 +19,11 @@ from etils import epath, epy
 from rich.console import Console
 from rich.table import Table
 
-from ponder import cli, records
+from ponder import cli, records, sweep
 from ponder.config import Mesh, check_depth
 from ponder.errors import UserError
 from ponder.halting.readout import Readout
-from ponder.models.config import shares_steps
+from ponder.models.config import meets_stopped
 from ponder.protocols import Measure
 from ponder.serialization import nearest
 
@@ -96,14 +96,17 @@ def evaluate(
             return evaluate(
                 workdir, split=split, rule=rule, depths=depths, risk=risk, rows=rows, which=which, cache_dir=cache_dir
             )
-    config = replace(records.read_config(workdir), seeds=1, mesh=Mesh(data=1))
+    config = replace(sweep.members(records.read_config(workdir))[0], mesh=Mesh(data=1))
     if not walks.can_walk(config):
         raise UserError(
             f"{type(config.rule).__name__} on {type(config.task).__name__} has no walk: rules that mix states answer "
             "with no single step, and tasks in bits have no questions that are right or wrong"
         )
-    if risk is not None and shares_steps(config.model):
-        raise UserError("--risk needs tokens that do not see each other's steps: of this model a walk is no promise")
+    if risk is not None and meets_stopped(config.model):
+        raise UserError(
+            "--risk needs tokens that do not see each other's steps, or stop together: of this model a walk is no "
+            "promise"
+        )
     for name in rule:
         if name not in EXITS:
             raise UserError(f"there is no exit {name!r}{nearest(name, EXITS)}")

@@ -11,12 +11,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ponder import compute
+from ponder import compute, sweep
 from ponder.config import Config
 from ponder.data import feed
 from ponder.data.batch import Batch
 from ponder.models.attention import visible
-from ponder.models.config import Transformer
+from ponder.models.config import TokenModel
 from ponder.objectives.ponder import lane_mask, ponder_loss, predict
 from ponder.step import TrainState, evaluated
 from ponder.tasks.task import Rows
@@ -107,7 +107,7 @@ def make_evaluate_step(graphdef: Any, config: Config) -> Callable[[Any, Batch, j
 
 def keys_seen(config: Config, batch: Batch) -> Float[Array, "*n"]:
     """Keys that each lane attends to, itself included; 1 where lanes do not attend."""
-    if not isinstance(config.model, Transformer):
+    if not isinstance(config.model, TokenModel):
         return jnp.ones(batch.targets.shape, jnp.float32)
     return visible(batch.segments, config.model.causal).sum(-1).astype(jnp.float32)
 
@@ -152,7 +152,7 @@ class HeldOut:
         return feed.evaluation_batches(self._rows[split], config.evaluation.batch_size, limit, *self._place)
 
     def evaluate(self, split: str, state: TrainState, step: int, limit: int | None) -> list[Row]:
-        """Evaluation rows of metrics.jsonl, one for each exit and seed. `limit`: this many rows, None for all."""
+        """Evaluation rows of metrics.jsonl, one for each exit and member. `limit`: this many rows, None for all."""
         config, params = self._run.config, evaluated(state)
         totals: dict[str, Sums] = {}
         length = 0
@@ -163,21 +163,24 @@ class HeldOut:
                 sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
                 totals[exit] = jax.tree.map(np.add, totals[exit], sums) if exit in totals else sums
         return [
-            {"kind": "evaluation", "step": step, "seed": config.seed + i, "split": split, "exit": exit}
-            | summarise(of_seed, config, length)
+            {"kind": "evaluation", "step": step, **label, "split": split, "exit": exit}
+            | summarise(of_member, config, length)
             for exit in config.rule.exits  # the default first: jit gives a dict back in alphabetical order
-            for i, of_seed in enumerate(unstack(totals[exit], config.seeds))
+            for label, of_member in zip(sweep.labels(config), self._unstack(totals[exit]), strict=True)
         ]
 
+    def _unstack(self, tree: Any) -> Iterator[Any]:
+        return unstack(tree, len(self._run.members))
+
     def traces(self, split: str, state: TrainState, limit: int) -> list[Row]:
-        """What some rows of a split thought, by the rule's default exit and the first seed. Process 0 has them.
+        """What some rows of a split thought, by the rule's default exit and the first member. Process 0 has them.
 
         The rows are spread evenly over the split. Lanes that need not think (`thinking_lanes`) have 0 steps.
         """
         config = self._run.config
         batch = next(self.batches(split, config.evaluation.batch_size))
         answers = self._run.evaluate_step(evaluated(state), self._run.put(batch, seeds=False), 0)
-        lanes = next(unstack(answers[config.rule.exits[0]][1], config.seeds))
+        lanes = next(self._unstack(answers[config.rule.exits[0]][1]))
         steps, correct = np.asarray(lanes.steps), np.asarray(lanes.correct)
         found = []
         for row in range(min(limit, len(batch.segments))):
@@ -201,18 +204,18 @@ class HeldOut:
 
 
 def score(rows: list[Row]) -> float:
-    """What keep-best goes by: exact match, or minus the bits per byte; default exit, mean over seeds."""
+    """What keep-best goes by: exact match, or minus the bits per byte; default exit, mean over members."""
     first = [row for row in rows if row["exit"] == rows[0]["exit"]]
     return float(np.mean([-row["bits_per_byte"] if "bits_per_byte" in row else row["accuracy"] for row in first]))
 
 
-def unstack(tree: Any, seeds: int) -> Iterator[Any]:
-    """Cut the leading seed axis off every leaf; a run of one seed has none."""
-    if seeds == 1:
+def unstack(tree: Any, members: int) -> Iterator[Any]:
+    """Cut the leading axis of members off every leaf; a run of one member has none."""
+    if members == 1:
         yield tree
         return
-    for seed in range(seeds):
-        yield jax.tree.map(lambda leaf, seed=seed: leaf[seed], tree)
+    for member in range(members):
+        yield jax.tree.map(lambda leaf, member=member: leaf[member], tree)
 
 
 def summarise(sums: Any, config: Config, length: int) -> Row:

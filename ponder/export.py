@@ -9,7 +9,6 @@ CRC-32 tells damage. Dtypes that NumPy lacks (bfloat16) are stored as their bits
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
@@ -24,7 +23,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from ponder import records, serialization, train
+from ponder import records, serialization, sweep, train
 from ponder.errors import UserError
 
 FORMAT = 1
@@ -35,7 +34,7 @@ def export(workdir: epath.PathLike, path: epath.PathLike, which: Literal["best",
     """Write the trained parameters of a workdir, and its configuration, to one file.
 
     Args:
-      workdir: folder of the run. Of several seeds that trained together the first is taken.
+      workdir: folder of the run. Of several members that trained together the first is taken.
       path: the file, `.npz`.
       which: as in `ponder.load`.
 
@@ -44,7 +43,7 @@ def export(workdir: epath.PathLike, path: epath.PathLike, which: Literal["best",
     """
     if epath.Path(path).suffix != ".npz":
         raise UserError(f"{path} is of another kind: name a file that ends in .npz")
-    config = dataclasses.replace(records.read_config(workdir), seeds=1)
+    config = sweep.members(records.read_config(workdir))[0]
     params = nnx.to_pure_dict(nnx.state(train.load(workdir, which), nnx.Param))
     export_params(path, params, serialization.to_json(config))
 

@@ -35,6 +35,7 @@ class Walked:
     difficulty: np.ndarray  # [N]
     question: np.ndarray  # [N] index of the question that the lane belongs to
     keys: np.ndarray  # [N] keys that it sees
+    together: bool = False  # all lanes of a question stop at once
 
     @property
     def steps(self) -> int:
@@ -142,8 +143,15 @@ def by_value(walked: Walked) -> Stops:
 
 
 def oracle(walked: Walked) -> Stops:
-    """Fewest steps that are right; one step where none is, since no number of steps helps, or nothing is asked."""
+    """Fewest steps that are right; one step where none is, since no number of steps helps, or nothing is asked.
+
+    Where the lanes of a question stop together, the fewest at which all of it is right.
+    """
     right = walked.correct & walked.target
+    if walked.together:
+        size = walked.question.max() + 1
+        wrong = [np.bincount(walked.question, row, size) for row in walked.target & ~walked.correct]
+        right = np.stack(wrong)[:, walked.question] == 0
     return np.where(right.any(axis=0), right.argmax(axis=0) + 1, 1)
 
 

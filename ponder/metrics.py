@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
 
+from ponder import sweep
 from ponder.config import Config
 from ponder.errors import DivergedError
 
@@ -23,10 +24,10 @@ class Meter:
 
     def __init__(self, config: Config, last_good: Callable[[], int | None] = lambda: None):
         """`last_good` gives the step of the last checkpoint if the run diverges."""
-        self._config, self._last_good = config, last_good
-        self._tokens = config.training.batch_size * config.task.shape.length * config.seeds
+        self._labels, self._last_good = sweep.labels(config), last_good
+        self._tokens = config.training.batch_size * config.task.shape.length * len(self._labels)
         self._waiting: list[tuple[int, dict[str, jax.Array]]] = []  # steps that are not in the sums yet
-        self._sums: dict[str, np.ndarray] = {}  # of the steps since the last row; [seeds]
+        self._sums: dict[str, np.ndarray] = {}  # of the steps since the last row; [members]
         self._count = 0
         self._started = time.monotonic()
         self._row_seconds = 0.0  # `seconds` at the last row
@@ -48,8 +49,8 @@ class Meter:
         if len(self._waiting) > 1:
             jax.block_until_ready(self._waiting[-2][1])
 
-    def rows(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Means over the steps since the last call, one row a seed. Raises DivergedError where one is not finite."""
+    def rows(self, learning_rates: Sequence[float]) -> list[dict[str, Any]]:
+        """Means over the steps since the last call, one row a member. Raises DivergedError where one is not finite."""
         step = self._waiting[-1][0]
         self._add_up()
         means = {name: total / self._count for name, total in self._sums.items()}
@@ -57,10 +58,11 @@ class Meter:
         rate = self._tokens * self._count / max(seconds - self._row_seconds, 1e-9)
         self._row_seconds, self._sums, self._count = seconds, {}, 0
         return [
-            {"kind": "train", "step": step, "seed": self._config.seed + seed}
-            | {name: float(mean[seed]) for name, mean in means.items()}
-            | {"learning_rate": learning_rate, "tokens_per_second": rate, "seconds": seconds}
-            for seed in range(self._config.seeds)
+            {"kind": "train", "step": step}
+            | label
+            | {name: float(mean[i]) for name, mean in means.items()}
+            | {"learning_rate": learning_rates[i], "tokens_per_second": rate, "seconds": seconds}
+            for i, label in enumerate(self._labels)
         ]
 
     def get_state(self) -> dict[str, Any]:

@@ -32,7 +32,10 @@ class Seen(NamedTuple):
 
 
 class Path(NamedTuple):
-    """What each step came to in training, all lanes running on. Only the heads' logits carry a gradient."""
+    """What each step came to in training, all lanes running on. Only the heads' logits carry a gradient.
+
+    Where lanes halt together, loss, correct and agrees are those of the whole answer: its mean, and all of it.
+    """
 
     halt: Float[jax.Array, "K *n"] | None  # as Seen.halt
     go: Float[jax.Array, "K *n"] | None
@@ -61,8 +64,8 @@ class Rule(Protocol):
         """What it looks at: "halt", "probe", "go", "logits", "hidden" (see Seen)."""
 
     @property
-    def cost_weight(self) -> float:
-        """Factor of the regulariser in the loss (ACT: tau, PonderNet: beta)."""
+    def cost_weight(self) -> float | Float[jax.Array, ""]:
+        """Factor of the regulariser in the loss (ACT: tau, PonderNet: beta); traced where a sweep sets it."""
 
     @property
     def exits(self) -> tuple[str, ...]:
@@ -93,6 +96,7 @@ class Trajectory(Protocol):
     """How the hidden state moves. Owns every parameter, the halting head included; no loop over k, no loss, no rule."""
 
     steps: int  # K
+    halts_together: bool  # whether all tokens of an example stop at once
     shares_steps: bool  # whether a lane's steps reach other lanes; if not, a lane without a target need not think
 
     def context(self, segments: Int[jax.Array, "B T"], positions: Int[jax.Array, "B T"]) -> Any:

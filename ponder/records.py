@@ -23,6 +23,7 @@ from typing import Any
 from etils import epath, epy
 
 import ponder
+from ponder import sweep
 from ponder.config import MAY_CHANGE, Config
 from ponder.errors import UserError
 from ponder.serialization import from_json, to_json
@@ -134,7 +135,8 @@ def read_results(workdir: epath.PathLike, config: Config) -> list[dict[str, Any]
     """The entries of `results.json`, where they are of this configuration and data; else None."""
     try:
         results = json.loads((epath.Path(workdir) / RESULTS).read_text())
-        same = all(entry["config"] == to_json(config) and entry["data"] == data_key(config) for entry in results)
+        same = [entry["config"] for entry in results] == [to_json(member) for member in sweep.members(config)]
+        same = same and all(entry["data"] == data_key(config) for entry in results)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return results if results and same else None

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 from ponder.config import Config
 from ponder.data.batch import Batch
 from ponder.engine import depth
-from ponder.objectives.ponder import mean_over, ponder_loss, thinking_lanes
-from ponder.protocols import Taught
+from ponder.objectives.ponder import Start, mean_over, ponder_loss, thinking_lanes
+from ponder.protocols import State, Taught
 
 Parameters = Any  # nested dict of arrays
 Metrics = dict[str, Float[Array, ""]]
@@ -58,21 +58,63 @@ def make_train_step(
     gradient_norm (before clipping).
     """
     parts = config.optim.accumulate
-    rule, model = config.rule, config.model
+    gradient = jax.grad(make_loss(graphdef, config), has_aux=True)
+
+    def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        before = None
+        if config.training.depth is not None:
+            key, depth_key = jax.random.split(key)
+            before = depth.draw(config.training.depth, state.step, depth_key)
+        if parts == 1:
+            gradients, (metrics, _) = gradient(state.params, batch, batch, key, before)
+        else:
+            keys = jax.random.split(key, parts)
+
+            def part_of(micro: Batch, micro_key: jax.Array) -> tuple[Any, Metrics]:
+                gradients, (metrics, _) = gradient(state.params, micro, batch, micro_key, before)
+                return gradients, metrics
+
+            def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, part_of(*part)), None
+
+            shapes = jax.eval_shape(part_of, jax.tree.map(lambda x: x[0], split(batch, parts)), key)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            (gradients, metrics), _ = jax.lax.scan(add, zeros, (split(batch, parts), keys))
+        if before is not None:
+            metrics["steps"] = metrics["steps"] + before.astype(jnp.float32)
+        return updated(state, gradients, optimizer, config), metrics | {"gradient_norm": optax.tree.norm(gradients)}
+
+    return train_step
+
+
+def make_loss(graphdef: Any, config: Config) -> Callable[..., tuple[jax.Array, tuple[Metrics, State]]]:
+    """`(params, batch, whole, key, before, start) -> (loss, (metrics, state at the stop))`.
+
+    The loss is the share of the batch `whole` that its part `batch` brings; the shares add up, gradients too. `before`
+    and `start` as in `ponder_loss`, with one step from a `start`.
+    """
+    rule, model, training = config.rule, config.model, config.training
 
     def loss(
-        params: Parameters, batch: Batch, whole: Batch, key: jax.Array, before: jax.Array | None
-    ) -> tuple[jax.Array, Metrics]:
-        """Share of the whole batch's loss that the part `batch` brings; the shares add up, gradients too."""
+        params: Parameters,
+        batch: Batch,
+        whole: Batch,
+        key: jax.Array,
+        before: jax.Array | None = None,
+        start: Start | None = None,
+    ) -> tuple[jax.Array, tuple[Metrics, State]]:
         trajectory = nnx.merge(graphdef, params)
+        steps = None if training.depth is None else training.depth.backprop
         _, outcome = ponder_loss(
             trajectory,
             rule,
             batch,
             key,
-            freeze=config.training.freeze,
-            steps=None if config.training.depth is None else config.training.depth.backprop,
+            freeze=training.freeze,
+            steps=steps if start is None else 1,
             before=before,
+            start=start,
             unroll=model.unroll,
             remat=model.remat,
         )
@@ -83,42 +125,23 @@ def make_train_step(
         cost = mean_over(outcome.cost, lanes) * of_lanes
         lesson = mean_over(outcome.lesson, targets) * of_targets
         total = task_loss + lesson + rule.cost_weight * cost
-        steps = mean_over(outcome.steps.astype(jnp.float32), targets) * of_targets
-        told = {"loss": total, "task_loss": task_loss, "cost": cost, "steps": steps}
-        return total, told | {"lesson": lesson} if isinstance(rule, Taught) else told
+        steps_taken = mean_over(outcome.steps.astype(jnp.float32), targets) * of_targets
+        told = {"loss": total, "task_loss": task_loss, "cost": cost, "steps": steps_taken}
+        return total, (told | {"lesson": lesson} if isinstance(rule, Taught) else told, outcome.state)
 
-    def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(key, state.step)
-        before = None
-        if config.training.depth is not None:
-            key, depth_key = jax.random.split(key)
-            before = depth.draw(config.training.depth, state.step, depth_key)
-        gradient = jax.grad(loss, has_aux=True)
-        if parts == 1:
-            gradients, metrics = gradient(state.params, batch, batch, key, before)
-        else:
-            keys = jax.random.split(key, parts)
-            shapes = jax.eval_shape(
-                gradient, state.params, jax.tree.map(lambda x: x[0], split(batch, parts)), batch, key, before
-            )
+    return loss
 
-            def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-                micro, micro_key = part
-                return jax.tree.map(jnp.add, total, gradient(state.params, micro, batch, micro_key, before)), None
 
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            (gradients, metrics), _ = jax.lax.scan(add, zeros, (split(batch, parts), keys))
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
-        if average is not None:
-            average = optax.incremental_update(params, average, 1.0 - (config.optim.ema_decay or 0.0))
-        if before is not None:
-            metrics["steps"] = metrics["steps"] + before.astype(jnp.float32)
-        metrics |= {"gradient_norm": optax.tree.norm(gradients)}
-        return TrainState(state.step + 1, params, moments, average), metrics
-
-    return train_step
+def updated(
+    state: TrainState, gradients: Parameters, optimizer: optax.GradientTransformation, config: Config
+) -> TrainState:
+    """The state after one optimizer update, which is one more step."""
+    updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if average is not None:
+        average = optax.incremental_update(params, average, 1.0 - (config.optim.ema_decay or 0.0))
+    return TrainState(state.step + 1, params, moments, average)
 
 
 def split(batch: Batch, parts: int) -> Batch:
@@ -126,6 +149,6 @@ def split(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
 
 
-def over_seeds(function: Callable[..., Any], seeds: int, in_axes: tuple[int | None, ...]) -> Callable[..., Any]:
-    """`function` for several seeds at once, a vmapped leading axis; itself for one seed."""
-    return function if seeds == 1 else jax.vmap(function, in_axes=in_axes)
+def over_members(function: Callable[..., Any], members: int, in_axes: tuple[int | None, ...]) -> Callable[..., Any]:
+    """`function` for several members of a run at once, a vmapped leading axis; itself for one."""
+    return function if members == 1 else jax.vmap(function, in_axes=in_axes)

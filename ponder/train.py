@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from etils import epath, epy
 
-from ponder import cli, compute, models, records
+from ponder import cli, compute, models, records, sweep
 from ponder.config import Config, Mesh, validate
 from ponder.errors import UserError
 from ponder.models import sizes
@@ -52,8 +52,8 @@ class Options:
 class Result(NamedTuple):
     """What a run gives back."""
 
-    results: list[dict[str, Any]]  # as results.json, one entry a seed: configuration, cost, final evaluations
-    model: Any  # the trained trajectory, of the first seed where there are several
+    results: list[dict[str, Any]]  # as results.json, one entry a member: configuration, cost, final evaluations
+    model: Any  # the trained trajectory, of the first member where there are several
     workdir: str
     finished: bool  # False where SIGTERM ended the run early; the same call goes on
 
@@ -112,7 +112,7 @@ def train(
                     leave = leaving.reached(step)
                     last = step == config.training.steps
                     if step == 1 or last or step % config.logging.every_steps == 0:
-                        log.write(meter.rows(run.learning_rate(step - 1)))
+                        log.write(meter.rows(run.learning_rates(step - 1)))
                     score = None
                     if last or step % config.evaluation.every_steps == 0:
                         with meter.paused():
@@ -152,23 +152,24 @@ def finish(
     walker = walks.Walker(run, held_out)
     walked = [
         walks.final(walker, config, params) if config.evaluation.walk else ([], {})
-        for params in evaluation.unstack(steps.evaluated(state), config.seeds)
+        for params in evaluation.unstack(steps.evaluated(state), len(run.members))
     ]
     results = [
         {
-            "seed": config.seed + i,
+            **label,
+            "members": len(run.members),
             "difficulty_name": config.task.difficulty_name,
-            "config": records.to_json(config),
+            "config": records.to_json(member),
             "data": records.data_key(config),
             **records.trained_by(folder),
             "parameters": sum(row.parameters for row in models.table(run.abstract_model)),
             "training_steps": config.training.steps,
             "training_flops": float(config.training.steps * compute.training_flops_per_step(config)),
             "train_seconds": seconds,
-            "evaluations": [row for row in rows if row["seed"] == config.seed + i] + walked[i][0],
-            "frontier": walked[i][1],
+            "evaluations": [row for row in rows if label.items() <= row.items()] + found,
+            "frontier": curve,
         }
-        for i in range(config.seeds)
+        for label, member, (found, curve) in zip(sweep.labels(config), run.members, walked, strict=True)
     ]
     traces = held_out.traces("validation", state, TRACES)
     if jax.process_index() == 0:

@@ -20,7 +20,7 @@ from ponder.halting.classifier import Classifier
 from ponder.halting.correctness import Correctness
 from ponder.halting.fixed import Fixed
 from ponder.halting.readout import Readout
-from ponder.models.config import shares_steps
+from ponder.models.config import meets_stopped
 from ponder.objectives.ponder import lane_mask, thinking_lanes
 from ponder.objectives.walk import walk
 from ponder.program import Program
@@ -40,7 +40,7 @@ class Recorded:
     padding: int
     keys: float  # that a lane sees, mean over lanes
     length: int
-    shares_steps: bool  # stopped lanes would have shown other keys: then the walk is an approximation
+    approximate: bool  # stopped lanes would have shown other keys: then the walk is an approximation
 
     def upto(self, steps: int) -> Recorded:
         """The first steps of the walk."""
@@ -102,8 +102,8 @@ class Walker:
         )
         by_lane: dict[str, Any] = {name: np.concatenate([own[name] for _, own in parts]) for name in parts[0][1]}
         by_lane["question"] = np.unique(by_lane["question"], return_inverse=True)[1]
-        walked = Walked(**by_step, **by_lane)
-        return Recorded(walked, config, lanes, padding, keys / max(lanes, 1), length, shares_steps(config.model))
+        walked = Walked(**by_step, **by_lane, together=run.abstract_model.halts_together)
+        return Recorded(walked, config, lanes, padding, keys / max(lanes, 1), length, meets_stopped(config.model))
 
     def _compile(self, steps: int) -> Callable[[Any, Batch], Any]:
         """`(params, batch) -> (walk, lanes that think, that are real, keys that they see, batch)`."""
@@ -193,7 +193,7 @@ def summary(found: list[Row], recorded: Recorded) -> Row:
         "own": None if stops is None else _point(short, rule.exits[0], None, stops, rule),
         "reliability": reliability(short.walked, rule, stops),
         "state_norms": [float(norm) for norm in recorded.walked.norm[:, target].mean(axis=1)],
-        "approximate": recorded.shares_steps,
+        "approximate": recorded.approximate,
     }
 
 
@@ -303,7 +303,7 @@ def _evaluation(recorded: Recorded, split: str, exit: str, stops: Stops, rule: R
         "useful_flops": useful,
         "spent_flops": spent,
         "by_difficulty": frontier.by_difficulty(walked, stops),
-        "approximate": recorded.shares_steps,
+        "approximate": recorded.approximate,
     }
 
 

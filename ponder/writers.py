@@ -131,6 +131,8 @@ def scalars_of(row: Row) -> dict[str, float]:
     parts = [row["kind"]] if row["kind"] != "evaluation" else [row["split"], row["exit"]]
     if row.get("seed"):
         parts.append(f"seed{row['seed']}")
+    if "setting" in row:
+        parts.append(row["setting"].replace(" ", ","))
     return {
         "/".join([*parts, name]): float(value)
         for name, value in row.items()
@@ -140,7 +142,7 @@ def scalars_of(row: Row) -> dict[str, float]:
 
 # The number of examples tells a sample of a split, seen during training, from the whole of it, seen at the end.
 def _identity(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in ("kind", "step", "seed", "split", "exit", "examples"))
+    return tuple(row.get(name) for name in ("kind", "step", "seed", "setting", "split", "exit", "examples"))
 
 
 def _rows_until(path: epath.Path, step: int) -> list[dict[str, Any]]:

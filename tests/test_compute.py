@@ -16,10 +16,11 @@ from ponder.config import Config, Training
 from ponder.data.batch import Batch
 from ponder.errors import UserError
 from ponder.halting.act import Act
+from ponder.halting.correctness import Correctness
 from ponder.halting.fixed import Fixed
 from ponder.halting.pondernet import PonderNet
 from ponder.models import build
-from ponder.models.config import Recurrent, Transformer
+from ponder.models.config import Recurrent, Transformer, TwoState
 from ponder.objectives.ponder import ponder_loss, predict
 from ponder.tasks.task import Shape, Task
 
@@ -61,6 +62,17 @@ CASES = {
     # Little else than the embedding, and what bAbI has.
     "words": (replace(SMALL, steps=1, d_model=16, heads=2, mlp_size=8), Sizes(8, words=12), Fixed()),
     "sentences": (replace(SMALL, kv="first"), Sizes(32, words=12, classes=180), PonderNet()),
+    "two_state": (
+        TwoState(steps=3, d_model=64, core_layers=2, cycles=2, updates=2, unroll=True),
+        Sizes(),
+        Correctness(),
+    ),
+    "two_networks": (
+        TwoState(steps=2, d_model=64, cycles=2, updates=3, unroll=True, separate=True, gradient="last"),
+        Sizes(),
+        PonderNet(),
+    ),
+    "example": (replace(SMALL, halts="example"), Sizes(64), PonderNet()),
     "gru": (Recurrent(steps=4, cell="gru", d_model=64), Sizes(16, values=True), PonderNet()),
     "rnn": (Recurrent(steps=4, cell="rnn", d_model=64), Sizes(16, values=True), PonderNet()),
     "rnn_wide": (Recurrent(steps=6, cell="rnn", d_model=128), Sizes(64, values=True), Act()),

@@ -203,4 +203,4 @@ def test_the_meter_names_the_first_bad_step() -> None:
     for step, loss in ((1, 1.0), (2, float("nan")), (3, float("nan"))):
         meter.add(step, {"loss": jnp.asarray(loss), "gradient_norm": jnp.asarray(1.0)})
     with pytest.raises(DivergedError, match="loss is not finite at step 2; there is no checkpoint yet"):
-        meter.rows(0.1)
+        meter.rows([0.1])

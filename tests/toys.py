@@ -39,6 +39,7 @@ class Tanh:
     """state <- tanh(state W + x U), one lane a token, or one an example whose input is the sum of its tokens."""
 
     shares_steps = False
+    halts_together = False
 
     def __init__(self, params: dict[str, jax.Array], steps: int = 4, example: bool = False):
         self.params, self.steps, self.example = params, steps, example

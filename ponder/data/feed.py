@@ -143,10 +143,10 @@ def _batch(rows: Rows) -> Batch:
 def training(
     config: Config, cache_dir: str | None, process_index: int = 0, process_count: int = 1
 ) -> Feed | StackedFeed:
-    """The training batches of a run: one feed, or one a seed side by side."""
+    """The training batches of a run: one feed, or where it has several members one a seed side by side."""
     data = rows(config.task, "train", cache_dir)
     size, stream = config.training.batch_size, config.task.stream
-    if config.seeds == 1:
+    if config.seeds == 1 and not config.sweep:
         return Feed(data, size, config.seed, process_index, process_count, stream=stream)
     seeds = range(config.seed, config.seed + config.seeds)
     return StackedFeed(data, size, seeds, process_index, process_count, stream=stream)

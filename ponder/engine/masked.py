@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from ponder.engine import together as groups
 from ponder.errors import UserError
 from ponder.protocols import Carry, Halt, Ran, Rule, Seen, State, Trajectory
 
@@ -50,6 +51,7 @@ def masked(
     key: jax.Array,
     *,
     mask: Bool[jax.Array, "*n"],
+    together: Bool[jax.Array, "B T T"] | None = None,
     freeze: bool,
     observe: Observe | None = None,
     steps: int | None = None,
@@ -63,6 +65,7 @@ def masked(
       x, state, context: what `trajectory.begin` gave.
       key: step k gets `fold_in(key, k)`, split between trajectory and rule.
       mask: lanes that think. The others, padding say, have steps, weight and cost 0 and keep nothing alive.
+      together: lanes that stop at once (`ponder.engine.together`). None: each stops by itself.
       freeze: True is the reference inference: a stopped lane's state does not move, the trajectory is told who is
         `running` so that stopped lanes keep their keys, and the lane takes the remaining mass at its stop. False is the
         training relaxation: stopped lanes run on, and a rule that mixes losses spreads its mass over all K steps.
@@ -104,15 +107,18 @@ def masked(
             _inside_a_step.reset(token)
         state = _select(running, moved, loop.state) if freeze else moved
         seen = trajectory.see(state, context, rule.needs)
+        if together is not None:
+            seen = groups.pooled(seen, together)
         each_k = jnp.full(lanes, k, jnp.int32)
         last = each_k == steps
         carry, halt = rule(loop.carry, seen, each_k, last, rule_key)
+        stop = halt.stop if together is None else groups.decided(halt.stop, together, rule.needs)
         if freeze:  # a stop is final here, so it is the lane's last step: ask again for its remaining mass
-            _, halt = rule(loop.carry, seen, each_k, last | halt.stop, rule_key)
+            _, halt = rule(loop.carry, seen, each_k, last | stop, rule_key)
         counts = running if freeze else mask
         weight = jnp.where(counts, halt.weight, 0.0)
         cost = jnp.where(counts, halt.cost, 0.0)
-        stop = halt.stop & running
+        stop = stop & running
         halt = Halt(weight=weight, stop=stop, cost=cost)
         if mixing:
             result = jax.tree.map(

@@ -39,6 +39,7 @@ class Act:
 
     needs: ClassVar[frozenset[str]] = frozenset({"halt"})
     mixes: ClassVar[Mixes] = "states"
+    sweepable: ClassVar[frozenset[str]] = frozenset({"tau"})
 
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < 1:
@@ -47,7 +48,7 @@ class Act:
             raise UserError(f"tau of ACT is {self.tau}: it must be finite and not negative")
 
     @property
-    def cost_weight(self) -> float:
+    def cost_weight(self) -> float | Float[jax.Array, ""]:
         return self.tau
 
     @property

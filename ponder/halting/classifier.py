@@ -35,6 +35,8 @@ class Classifier(Supervised):
 
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
     known_exits: ClassVar[tuple[str, ...]] = ("threshold", "last")
+    steps_alone: ClassVar[bool] = False
+    sweepable: ClassVar[frozenset[str]] = frozenset({"weight"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,6 +45,7 @@ class Correctness(Supervised):
     exit: str = "explore"
 
     known_exits: ClassVar[tuple[str, ...]] = ("threshold", "last", "explore")
+    sweepable: ClassVar[frozenset[str]] = frozenset({"weight"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,6 +56,11 @@ class Correctness(Supervised):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"halt", "go"} if self.continue_target else {"halt"})
+
+    @property
+    def steps_alone(self) -> bool:  # type: ignore[override]
+        """The value of going on is taught by the step after."""
+        return not self.continue_target
 
     @property
     def exits(self) -> tuple[str, ...]:

@@ -41,6 +41,8 @@ class Gate(Supervised):
 
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
     known_exits: ClassVar[tuple[str, ...]] = ("quantile", "last")
+    steps_alone: ClassVar[bool] = False
+    sweepable: ClassVar[frozenset[str]] = frozenset({"slope", "margin", "weight"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,6 +10,7 @@ from etils import epy
 from jaxtyping import Bool, Float, Int
 
 from ponder.errors import UserError
+from ponder.halting import scalar
 from ponder.protocols import Halt, Mixes, Seen
 
 with epy.lazy_imports():
@@ -52,6 +53,7 @@ class PonderNet:
 
     needs: ClassVar[frozenset[str]] = frozenset({"halt"})
     mixes: ClassVar[Mixes] = "losses"
+    sweepable: ClassVar[frozenset[str]] = frozenset({"prior", "beta"})
 
     def __post_init__(self) -> None:
         if not 0 < self.prior < 1:
@@ -63,7 +65,7 @@ class PonderNet:
         self._check_exit(self.exit)
 
     @property
-    def cost_weight(self) -> float:
+    def cost_weight(self) -> float | Float[jax.Array, ""]:
         return self.beta
 
     @property
@@ -108,10 +110,10 @@ class PonderNet:
         """log prior_k, or where `last` the log of the prior's mass from k on (at k = K the two are the same)."""
         if self.shape == "uniform":
             return jnp.log(jnp.where(last, steps - k + 1, 1).astype(jnp.float32) / steps.astype(jnp.float32))
-        log_go = math.log1p(-self.prior)
+        log_go = scalar.log1p(-self.prior)
         before = (k - 1).astype(jnp.float32) * log_go
         left = (steps - k + 1).astype(jnp.float32)
-        here = jnp.where(last, _log_mass(left * log_go), math.log(self.prior))
+        here = jnp.where(last, _log_mass(left * log_go), scalar.log(self.prior))
         return before + here - _log_mass(steps.astype(jnp.float32) * log_go)
 
 

@@ -44,6 +44,8 @@ class Supervised:
     needs: ClassVar[frozenset[str]] = frozenset()
     mixes: ClassVar[Mixes] = "losses"
     known_exits: ClassVar[tuple[str, ...]] = ("last",)
+    steps_alone: ClassVar[bool] = True
+    """Whether what is taught at a step needs no other step: it can then be an optimizer update of its own."""
 
     def __post_init__(self) -> None:
         if self.exit not in self.known_exits:

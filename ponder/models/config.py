@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 Kv = Literal["first", "depth"]
+Halts = Literal["token", "example"]
 Backend = Literal["xla", "jax", "cudnn", "pallas"]
 
 
@@ -31,10 +32,8 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class Transformer(ModelConfig):
-    """Prelude, then a core applied up to `steps` times, then a coda. One lane per token."""
-
-    trajectory: ClassVar[str] = "ponder.models.transformer:Transformer"
+class TokenModel(ModelConfig):
+    """What all trajectories of tokens share: one lane per token, blocks of attention and SwiGLU."""
 
     d_model: int = 64
     heads: int = 4
@@ -44,8 +43,23 @@ class Transformer(ModelConfig):
     """None: d_model / heads."""
     mlp_size: int | None = None
     """Hidden width of SwiGLU. None: 8/3 d_model, rounded up to a multiple of 8."""
-    prelude_layers: int = 1
     core_layers: int = 1
+    causal: bool = True
+    tied_embeddings: bool = False
+    rope_theta: float = 10_000.0
+    attention: Backend = "xla"
+    halts: Halts = "token"
+    """Who stops: each `token` by itself, or all tokens of an `example` at once. Then their halting logits are averaged,
+    a readout waits for the last of them, and a head is taught whether the whole answer is right."""
+
+
+@dataclass(frozen=True)
+class Transformer(TokenModel):
+    """Prelude, then a core applied up to `steps` times, then a coda."""
+
+    trajectory: ClassVar[str] = "ponder.models.transformer:Transformer"
+
+    prelude_layers: int = 1
     coda_layers: int = 0
     tied: bool = True
     """One core for all steps. False: each step has its own parameters (an ordinary deep transformer)."""
@@ -53,10 +67,34 @@ class Transformer(ModelConfig):
     """Give the prelude's output to every step (a learned mix of state and input)."""
     kv: Kv = "depth"
     """Keys a token shows: `depth`, those of step min(j, its own last); `first`, those of the prelude: one plane."""
-    causal: bool = True
-    tied_embeddings: bool = False
-    rope_theta: float = 10_000.0
-    attention: Backend = "xla"
+
+
+@dataclass(frozen=True)
+class TwoState(TokenModel):
+    """HRM and TRM: an answer `high` and a thought `low`, improved in turn. A step is one supervision step.
+
+    It runs `cycles` cycles, each of `updates` updates of `low` and one of `high`; the last cycle alone has a gradient.
+    The defaults are TRM's (Jolicoeur-Martineau 2025, arXiv 2510.04871); HRM (Wang et al. 2025, arXiv 2506.21734) is
+    `separate=True, gradient="last", updates=2, cycles=2`, with `core_layers=4`.
+    """
+
+    trajectory: ClassVar[str] = "ponder.models.two_state:TwoState"
+
+    steps: int = 16
+    unroll: bool = False
+    core_layers: int = 2
+    causal: bool = False
+    halts: Halts = "example"
+    cycles: int = 3
+    """T."""
+    updates: int = 6
+    """n, of the thought in a cycle."""
+    separate: bool = False
+    """A network for each state. False: one for both."""
+    gradient: Literal["cycle", "last"] = "cycle"
+    """Backpropagate through the whole last cycle, or through the last update of each state alone."""
+    detach: bool = True
+    """Hand the states from step to step without gradient. A loss at every step is then what teaches (`Supervised`)."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +113,15 @@ class Recurrent(ModelConfig):
 def shares_steps(config: ModelConfig) -> bool:
     """Whether a lane's steps reach other lanes: the prelude's keys do not tell what a lane thought after it, but a coda
     reads what all lanes thought. Examples of a recurrent cell do not meet."""
-    return isinstance(config, Transformer) and (config.kv != "first" or config.coda_layers > 0)
+    if isinstance(config, Transformer):
+        return config.kv != "first" or config.coda_layers > 0
+    return isinstance(config, TokenModel)
+
+
+def meets_stopped(config: ModelConfig) -> bool:
+    """Whether a lane that runs may see one that has stopped: then what a lane would have done without stops, as a walk
+    writes it down, is not what happens."""
+    return shares_steps(config) and isinstance(config, TokenModel) and config.halts == "token"
 
 
 def heads(needs: frozenset[str]) -> dict[str, bool]:

@@ -25,7 +25,8 @@ class Recurrent(nnx.Module):
     """Trajectory protocol of `ponder.protocols`. Build it with `ponder.models.build`."""
 
     def __init__(self, config: configs.Recurrent, shape: Shape, key: jax.Array, dtype: DTypeLike):
-        self.config, self.dtype, self.steps, self.shares_steps = config, jnp.dtype(dtype), config.steps, False
+        self.config, self.dtype, self.steps = config, jnp.dtype(dtype), config.steps
+        self.halts_together = self.shares_steps = False
         size, gates = config.d_model, 3 if config.cell == "gru" else 1
         keys = jax.random.split(key, 5)
         # G gates side by side. The flag is the last of the cell's inputs, kept apart: it alone changes with the step.

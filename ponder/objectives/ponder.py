@@ -10,9 +10,10 @@ from jaxtyping import Bool, Float, Int
 
 from ponder.data.batch import Batch
 from ponder.engine import depth
+from ponder.engine import together as groups
 from ponder.engine.masked import Moment, masked
 from ponder.objectives.language import correct, cross_entropy
-from ponder.protocols import Path, Ran, Rule, Taught, Trajectory
+from ponder.protocols import Path, Ran, Rule, State, Taught, Trajectory
 
 
 class Outcome(NamedTuple):
@@ -26,6 +27,14 @@ class Outcome(NamedTuple):
     correct: Bool[jax.Array, "*n"]  # of the answer read out at the stop
     p_halt: Float[jax.Array, "K *n"]  # fp32
     lesson: Float[jax.Array, "*n"]  # fp32 nats: what the heads are taught (`protocols.Taught`), mean over steps; else 0
+    state: State  # at the stop; lanes that do not think have not moved
+
+
+class Start(NamedTuple):
+    """A thought that is taken up again."""
+
+    state: State
+    steps: int | Int[jax.Array, ""]  # that it has been through
 
 
 def lane_mask(batch: Batch) -> Bool[jax.Array, "*n"]:
@@ -39,6 +48,13 @@ def thinking_lanes(trajectory: Trajectory, batch: Batch) -> Bool[jax.Array, "*n"
     those with a target. The others think no step, are priced none and cost nothing."""
     real = lane_mask(batch)
     return real if trajectory.shares_steps else real & (batch.weights > 0)
+
+
+def halting_groups(trajectory: Trajectory, batch: Batch) -> Bool[jax.Array, "B T T"] | None:
+    """Which lanes stop with which, where an example's tokens halt together; else None."""
+    if not trajectory.halts_together:
+        return None
+    return groups.together(batch.segments, thinking_lanes(trajectory, batch))
 
 
 def mean_over(values: Float[jax.Array, "*n"], weights: jax.Array) -> Float[jax.Array, ""]:
@@ -57,6 +73,7 @@ def ponder_loss(
     freeze: bool,
     steps: int | None = None,
     before: jax.Array | None = None,
+    start: Start | None = None,
     unroll: bool = True,
     remat: bool = False,
 ) -> tuple[Float[jax.Array, ""], Outcome]:
@@ -73,9 +90,18 @@ def ponder_loss(
     Args:
       freeze, steps, unroll, remat: as in `ponder.engine.masked.masked`.
       before: int32 scalar, steps to run first without gradient (`ponder.engine.depth`). None: none.
+      start: the state to begin with, in place of the trajectory's own. The rule begins anew.
     """
+    options: dict[str, Any] = {
+        "freeze": freeze,
+        "steps": steps,
+        "before": before,
+        "start": start,
+        "unroll": unroll,
+        "remat": remat,
+    }
     if rule.mixes != "losses":
-        ran = run(trajectory, rule, batch, key, freeze=freeze, steps=steps, before=before, unroll=unroll, remat=remat)
+        ran = run(trajectory, rule, batch, key, **options)
         outcome = _read_out(trajectory, ran, batch)
     else:
 
@@ -84,25 +110,12 @@ def ponder_loss(
             answer = jnp.argmax(logits, axis=-1)
             return cross_entropy(logits, batch.targets), answer, (moment.seen.halt, moment.seen.go)
 
-        ran = run(
-            trajectory,
-            rule,
-            batch,
-            key,
-            freeze=freeze,
-            steps=steps,
-            before=before,
-            unroll=unroll,
-            remat=remat,
-            observe=observe,
-        )
+        ran = run(trajectory, rule, batch, key, observe=observe, **options)
         losses, answers, heads = ran.observed  # [K, *n]
         right = answers == batch.targets[None]
         lesson = jnp.zeros_like(ran.cost)
         if isinstance(rule, Taught):
-            counts = (batch.weights > 0).astype(jnp.float32)
-            path = Path(heads[0], heads[1], jax.lax.stop_gradient(losses), right, answers == answers[-1:], counts)
-            lesson = rule.lesson(path).mean(axis=0)
+            lesson = rule.lesson(_path(trajectory, batch, losses, right, answers == answers[-1:], heads)).mean(axis=0)
         stop = (jnp.maximum(ran.steps, 1) - 1)[None]  # [1, *n]
         outcome = Outcome(
             task_loss=(ran.weight * losses).sum(axis=0),
@@ -113,6 +126,7 @@ def ponder_loss(
             correct=jnp.take_along_axis(right, stop, axis=0)[0],
             p_halt=ran.weight,
             lesson=lesson,
+            state=ran.state,
         )
     loss = mean_over(outcome.task_loss + outcome.lesson, batch.weights)
     return loss + rule.cost_weight * mean_over(outcome.cost, outcome.thinks), outcome
@@ -143,6 +157,7 @@ def run(
     key: jax.Array,
     *,
     before: jax.Array | None = None,
+    start: Start | None = None,
     observe: Any = None,
     **options: Any,
 ) -> Ran:
@@ -150,13 +165,29 @@ def run(
     begin_key, think_key = jax.random.split(key)
     context = trajectory.context(batch.segments, batch.positions)
     state, x, context = trajectory.begin(trajectory.embed(batch.inputs), context, begin_key)
-    mask = thinking_lanes(trajectory, batch)
+    mask, together = thinking_lanes(trajectory, batch), halting_groups(trajectory, batch)
+    if start is not None:
+        state, options["before"] = start
     if before is not None:
         think_key, before_key = jax.random.split(think_key)
         still = jax.lax.stop_gradient(trajectory)
         state = depth.warm_up(still, x, state, jax.lax.stop_gradient(context), before, before_key)
         options["before"] = before
-    return masked(trajectory, rule, x, state, context, think_key, mask=mask, observe=observe, **options)
+    return masked(
+        trajectory, rule, x, state, context, think_key, mask=mask, together=together, observe=observe, **options
+    )
+
+
+def _path(
+    trajectory: Trajectory, batch: Batch, losses: jax.Array, right: jax.Array, agrees: jax.Array, heads: tuple
+) -> Path:
+    """What the heads are taught by; of whole answers where their lanes halt together."""
+    losses, asked = jax.lax.stop_gradient(losses), batch.weights > 0
+    if trajectory.halts_together:
+        answer = groups.together(batch.segments, asked)
+        losses = jax.vmap(groups.mean, (0, None))(losses, answer)
+        right, agrees = (jax.vmap(groups.all_of, (0, None))(each, answer) for each in (right, agrees))
+    return Path(*heads, losses, right, agrees, asked.astype(jnp.float32))
 
 
 def _read_out(trajectory: Trajectory, ran: Ran, batch: Batch) -> Outcome:
@@ -171,4 +202,5 @@ def _read_out(trajectory: Trajectory, ran: Ran, batch: Batch) -> Outcome:
         correct=correct(logits, batch.targets),
         p_halt=ran.weight,
         lesson=jnp.zeros_like(loss),
+        state=ran.state,
     )

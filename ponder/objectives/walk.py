@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from ponder.data.batch import Batch
+from ponder.engine import together as groups
 from ponder.engine.masked import Moment
 from ponder.halting.witness import Witness
 from ponder.objectives.language import cross_entropy
-from ponder.objectives.ponder import run
+from ponder.objectives.ponder import halting_groups, run
 from ponder.protocols import Trajectory
 
 
@@ -34,8 +35,9 @@ def walk(
 ) -> Walk:
     """Run `steps` steps on every lane, which may be more than the model was trained for.
 
-    Where lanes see each other's steps (`trajectory.shares_steps`) a lane that really stopped would show other keys than
-    it does here; elsewhere the walk is what frozen inference does, step for step.
+    Where lanes see each other's steps (`trajectory.shares_steps`) and stop one by one, a lane that really stopped would
+    show other keys than it does here; elsewhere the walk is what frozen inference does, step for step. Where they halt
+    together, a lane's unrest is the largest of its example: the last one is waited for.
     """
 
     def observe(moment: Moment) -> tuple:
@@ -63,4 +65,6 @@ def walk(
         observe=observe,
     )
     loss, answer, confidence, unrest, halt, go, norm = ran.observed
+    if (group := halting_groups(trajectory, batch)) is not None:
+        unrest = {name: jax.vmap(groups.largest, (0, None))(each, group) for name, each in unrest.items()}
     return Walk(loss, answer == batch.targets[None], answer == answer[-1:], confidence, unrest, halt, go, norm)

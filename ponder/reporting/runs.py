@@ -33,7 +33,7 @@ class Run:
     training_steps: int
     training_flops: float
     train_seconds: float
-    """Of this seed: seeds that trained together share the seconds of their run."""
+    """Of this seed: members that trained together share the seconds of their run."""
     processors: int
     """Cores that it had, or devices."""
     cost_seconds: float
@@ -103,7 +103,7 @@ def with_traces(run: Run, traces: dict[str, epath.Path]) -> Run:
 
 
 def from_workdir(folder: epath.PathLike) -> list[Run]:
-    """The runs of a workdir, one a seed; none if the training has not ended."""
+    """The runs of a workdir, one a seed and setting; none if the training has not ended."""
     folder = epath.Path(folder)
     if not (folder / "results.json").exists():
         return []
@@ -123,10 +123,10 @@ def from_workdir(folder: epath.PathLike) -> list[Run]:
 def from_row(row: Row, source: str) -> Run:
     """A run out of an entry of `results.json` or a row of `runs.jsonl`."""
     try:
-        seconds = float(row["train_seconds"]) / row["config"].get("seeds", 1)
+        seconds = float(row["train_seconds"]) / row.get("members", row["config"].get("seeds", 1))
         used = int(row.get("processors", processors(row["hardware"])))
         return Run(
-            arm=row.get("arm", row["config"]["name"]),
+            arm=row.get("arm", " ".join([row["config"]["name"], *row.get("setting", "").split()])),
             seed=int(row["seed"]),
             config=row["config"],
             evaluations=tuple(row["evaluations"]),
@@ -150,11 +150,12 @@ def from_row(row: Row, source: str) -> Run:
 
 
 def curve_of(metrics: Iterable[Row], result: Row) -> list[Row]:
-    """The validation rows of one seed during training, default exit, without their details."""
+    """The validation rows of one member during training, default exit, without their details."""
     exits = [row["exit"] for row in result["evaluations"]]
+    own = {name: result[name] for name in ("seed", "setting") if name in result}
     curve: dict[int, Row] = {}
     for row in metrics:
-        if row["kind"] == "evaluation" and row["split"] == "validation" and row["seed"] == result["seed"]:
+        if row["kind"] == "evaluation" and row["split"] == "validation" and own.items() <= row.items():
             if exits and row["exit"] != exits[0]:
                 continue
             # The first row of a step: at the last step the whole split follows the sample that was looked at so far.
@@ -192,5 +193,5 @@ def _distinct(runs: Sequence[Run]) -> list[Run]:
 
 
 def _settings(run: Run) -> str:
-    skipped = ("seed", "seeds", "name", "logging", "checkpoint", "mesh")
+    skipped = ("seed", "seeds", "sweep", "name", "logging", "checkpoint", "mesh")
     return json.dumps({name: value for name, value in run.config.items() if name not in skipped}, sort_keys=True)

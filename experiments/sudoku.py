@@ -1,0 +1,71 @@
+"""Sudoku 6 x 6: does recursion between two states buy more than looping one, or than no recursion at all?
+
+Grids of test are in no way those of training: not relabelled, reordered or transposed. `trm` and `hrm` are the
+two-state models: TRM with an optimizer update after every supervision step, HRM with a gradient through the last update
+of each state alone and updates by the batch, since its second value, of going on, is taught by the step after. `looped`
+is a transformer of equal parameters applied as often, `feedforward` the same parameters applied once. All see the whole
+grid, all halt by example, and all train for equal FLOPs.
+
+Run:    python -m ponder.train  --config=experiments/sudoku.py:arm=trm --workdir=runs/sudoku
+Table:  python -m ponder.ablate --config=experiments/sudoku.py --output=experiments/results/sudoku --jobs=2
+Quick:  python -m ponder.train  --config=experiments/sudoku.py:smoke --workdir=runs/sudoku_smoke
+Real:   --config=experiments/sudoku.py:arm=trm,size=9,source=clue17 (or source=top1465), which wants an accelerator.
+
+What halting at evaluation is worth is in each run's frontier: the head's and the readouts' accuracy against that of
+fixed depths, on the same walk.
+"""
+
+import dataclasses
+
+from ponder import compute
+from ponder.config import Checkpointing, Config, Evaluation, Logging, Optim, Training
+from ponder.halting.correctness import Correctness
+from ponder.halting.supervised import Supervised
+from ponder.models.config import Transformer, TwoState
+from ponder.tasks.sudoku import Source, Sudoku
+
+ARMS = ("trm", "hrm", "looped", "feedforward", "trm_joint")
+SEEDS = 3
+STEPS = 8  # supervision steps
+
+
+def get_config(
+    arm: str = "trm", seed: int = 0, size: int = 6, source: Source = "generated", smoke: bool = False
+) -> Config:
+    """`trm_joint`: TRM with one update a batch, so that what updates by step are worth is in the table."""
+    return compute.matched(of_arm(arm, seed, size, source, smoke), of_arm("trm", seed, size, source, smoke))
+
+
+def of_arm(arm: str, seed: int, size: int, source: Source, smoke: bool) -> Config:
+    width = {"d_model": 32 if smoke else 64, "heads": 4, "halting_bias": -2.0}
+    steps = 2 if smoke else STEPS
+    two = TwoState(steps=steps, core_layers=2, cycles=2, updates=2, **width)
+    looped = Transformer(
+        steps=steps, prelude_layers=0, core_layers=2, causal=False, halts="example", unroll=False, **width
+    )
+    models = {
+        "trm": two,
+        "trm_joint": two,
+        "hrm": dataclasses.replace(two, separate=True, gradient="last", core_layers=1, continue_head=True),
+        "looped": looped,
+        "feedforward": dataclasses.replace(looped, steps=1, halting_head=False),
+    }
+    rules = {"hrm": Correctness(continue_target=True), "feedforward": Supervised()}
+    by_step = arm in ("trm", "looped")
+    return Config(
+        name=f"sudoku-{arm}",
+        task=Sudoku(
+            size=4 if smoke else size,
+            source="generated" if smoke else source,
+            train_rows=2_000 if smoke else 50_000,
+            evaluation_rows=200 if smoke else 1_000,
+        ),
+        model=models[arm],
+        rule=rules.get(arm, Correctness()),
+        optim=Optim(lr=1e-3, warmup_steps=200, weight_decay=0.1, b2=0.95, ema_decay=0.999),
+        training=Training(batch_size=64, steps=20 if smoke else 700, updates="step" if by_step else "batch"),
+        evaluation=Evaluation(every_steps=10 if smoke else 100, rows=500, batch_size=250, depths=(2 * steps,)),
+        checkpoint=Checkpointing(every_steps=10 if smoke else 200),
+        logging=Logging(every_steps=5 if smoke else 20),
+        seed=seed,
+    )
