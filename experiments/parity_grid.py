@@ -12,6 +12,7 @@ is not zero there are 24 vectors alone, so that label is no sample.
 Run:    python -m ponder.train  --config=experiments/parity_grid.py:arm=act_tau0.0005 --workdir=runs/parity_grid
 Table:  python -m ponder.ablate --config=experiments/parity_grid.py --output=experiments/results/parity_grid --jobs=2
 Quick:  python -m ponder.train  --config=experiments/parity_grid.py:smoke --workdir=runs/parity_grid_smoke
+        and on an accelerator --vmap_sweep in place of --jobs: the grid of each rule, all seeds of it, is one program
 Larger: --config=experiments/parity_grid.py:n=96,max_train_nonzero=48,training_steps=100000
 
 The table has not been made.

@@ -9,6 +9,7 @@ steps, and 500,000 rows in place of ever new ones. What the paper says of the re
 
 Run:    python -m ponder.train  --config=experiments/parity_paper.py:arm=pondernet_lambda0.2 --workdir=runs/paper
 Table:  python -m ponder.ablate --config=experiments/parity_paper.py --output=experiments/results/parity_paper
+        --vmap_sweep, which trains each rule's grid, all seeds of it, as one program
 Quick:  python -m ponder.train  --config=experiments/parity_paper.py:smoke --workdir=runs/parity_paper_smoke
 
 The table has not been made.

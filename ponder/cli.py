@@ -4,6 +4,7 @@
     --config=W/config.json                                  the configuration of a workdir
     --config.optim.lr=1e-3                                  any field of it, typed
     --config.training.steps=500                             so many steps, in place of training.flops
+    --config.start.workdir=W                                begin with the parameters of a finished run
 
 A main states its other options as a frozen dataclass and hands its body over:
 
@@ -95,9 +96,11 @@ class Experiment:
                 raise UserError(f"{self.source}: get_config gives a {type(config).__name__}, not a Config")
         for name, words in self.overrides.items():
             config = _replaced(config, name, words)
-        if "training.steps" in self.overrides and "training.flops" not in self.overrides:
-            # The steps that FLOPs make would take the place of those asked for.
-            config = dataclasses.replace(config, training=dataclasses.replace(config.training, flops=None))
+        for name in self.overrides:
+            flops = name.removesuffix("steps") + "flops"
+            if f".{name}".endswith(".training.steps") and flops not in self.overrides:
+                # The steps that FLOPs make would take the place of those asked for.
+                config = _replaced(config, flops, ["None"])
         validate(config)
         return config
 
@@ -254,13 +257,25 @@ def _is_list(hint: Any) -> bool:
     return typing.get_origin(hint) is tuple or any(map(_is_list, typing.get_args(hint)))
 
 
-def fields(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted names of all fields below a dataclass instance, with their types; subclasses as the instance has them."""
+def fields(config: Any, prefix: str = "", absent: bool = False) -> dict[str, Any]:
+    """Dotted names of all fields below a dataclass instance, with their types; subclasses as the instance has them.
+
+    `absent`: those of optional groups that are not there, too; to set one makes its group.
+    """
     found: dict[str, Any] = {}
     for name, hint in serialization.hints(type(config)).items():
         value = getattr(config, name)
-        found |= fields(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {prefix + name: hint}
+        inside = dataclasses.is_dataclass(value)
+        found |= fields(value, f"{prefix}{name}.", absent) if inside else {prefix + name: hint}
+        if absent and value is None and (group := _group(hint)):
+            found |= fields(group(), f"{prefix}{name}.", absent)
     return found
+
+
+def _group(hint: Any) -> Any:
+    """The dataclass of an optional part whose fields all have defaults; else None."""
+    choices = (choice for choice in typing.get_args(hint) if dataclasses.is_dataclass(choice))
+    return next((choice for choice in choices if not any(map(_required, dataclasses.fields(choice)))), None)
 
 
 def _field(name: str, words: list[str], known: Mapping[str, Any], prefix: str) -> tuple[str, list[str]]:
@@ -280,13 +295,18 @@ def _field(name: str, words: list[str], known: Mapping[str, Any], prefix: str) -
 
 def _replaced(config: Config, name: str, words: Sequence[str]) -> Config:
     """The configuration with one field set. Raises UserError."""
-    known = fields(config)
+    known = fields(config, absent=True)
     name, words = _field(name, list(words), known, "--config.")
     value = _parse(known[name], words, f"--config.{name}")
 
     def put(part: Any, path: list[str]) -> Any:
-        inner = value if len(path) == 1 else put(getattr(part, path[0]), path[1:])
-        return dataclasses.replace(part, **{path[0]: inner})
+        first, *rest = path
+        if not rest:
+            return dataclasses.replace(part, **{first: value})
+        inner = getattr(part, first)
+        if inner is None:
+            inner = _group(serialization.hints(type(part))[first])()
+        return dataclasses.replace(part, **{first: put(inner, rest)})
 
     return put(config, name.split("."))
 
@@ -320,7 +340,8 @@ def _show_help(words: Sequence[str], options: type, doc: str | None, takes: Take
     if takes != "options":
         text.append(f"Experiment: {_CONFIG_HELP}.")
     if experiment is not None:
-        extra = [("config", *_as_shown(experiment.config()))]
+        shown_config = _as_shown(experiment.config())
+        extra = [("config", type(shown_config), dataclasses.field(default=shown_config))]
         if experiment.module:
             signature = inspect.signature(experiment.module.get_config, eval_str=True)
             text.append(f"{experiment.source} takes {', '.join(map(str, signature.parameters.values()))}")
@@ -334,12 +355,12 @@ def _show_help(words: Sequence[str], options: type, doc: str | None, takes: Take
         tyro.cli(shown, prog=f"python -m {program}", description="\n\n".join(text), args=["--help"])
 
 
-def _as_shown(config: Config) -> tuple[type, dataclasses.Field]:
-    """A type whose parts are declared as what this configuration holds, not as their bases; and it as the default."""
-    parts = [
-        field.name for field in dataclasses.fields(config) if dataclasses.is_dataclass(getattr(config, field.name))
-    ]
-    own = [(name, type(getattr(config, name))) for name in parts]
-    shown = dataclasses.make_dataclass("Config", own, bases=(Config,), frozen=True)
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return shown, dataclasses.field(default=shown(**values))
+def _as_shown(part: Any) -> Any:
+    """A group whose parts are declared as what it holds, not as their bases, and as nothing where they are absent."""
+    values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    values = {name: _as_shown(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+    absent = {name for name, hint in serialization.hints(type(part)).items() if values[name] is None and _group(hint)}
+    own = [(name, type(value)) for name, value in values.items() if dataclasses.is_dataclass(value) or name in absent]
+    if not own:
+        return part
+    return dataclasses.make_dataclass(type(part).__name__, own, bases=(type(part),), frozen=True)(**values)

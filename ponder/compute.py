@@ -55,6 +55,7 @@ class Parts:
     mix: Cost  # adding the state to a weighted mean, for a rule that mixes states
     finish: Cost  # coda and final norm
     logits: Cost
+    heads: Cost = Cost()  # of `see`, the gradient of the heads' own parameters
 
 
 def linear(inputs: Number, outputs: Number, input_gradient: bool = True) -> Cost:
@@ -162,7 +163,7 @@ def parts(model: ModelConfig, shape: Shape, needs: frozenset[str] = frozenset(),
         see += pooling(shape.length) * heads
     if "logits" in needs:
         see += bare.finish + bare.logits
-    return dataclasses.replace(bare, see=see)
+    return dataclasses.replace(bare, see=see, heads=Cost(0, 2 * heads * model.d_model))
 
 
 def _transformer(model: Transformer, shape: Shape, keys: Number) -> Parts:
@@ -240,6 +241,8 @@ def training_cost(config: Config) -> Cost:
         total = priced.begin + loop
     else:
         total = priced.begin + loop + readout
+    if config.heads_only:  # nothing before the heads has a gradient, and of a readout the loss alone is used
+        return Cost(total.forward, steps * priced.heads.backward)
     if depth is not None:
         total += Cost((mean_depth(depth, config.training.steps) - depth.backprop) * priced.step.forward)
     return total + Cost(0, loop.forward) if model.remat else total
@@ -273,6 +276,12 @@ def training_flops_per_step(config: Config) -> Number:
     """Spent FLOPs of one optimizer step on the whole batch, for one seed: forward, backward, recomputation if remat."""
     cost = training_cost(config)
     return lanes(config.task.shape, config.training.batch_size) * (cost.forward + cost.backward)
+
+
+def training_flops(config: Config) -> Number:
+    """Spent FLOPs of all `training.steps` of one seed, those of a run that goes before (`start.run`) included."""
+    first = 0 if config.start is None or config.start.run is None else training_flops(config.start.run)
+    return first + config.training.steps * training_flops_per_step(config)
 
 
 def inference_flops(
@@ -325,7 +334,9 @@ def steps_for(config: Config, flops: Number) -> int:
 
 
 def resolve(config: Config) -> Config:
-    """`training.steps` set from `training.flops`, where that is given."""
+    """`training.steps` set from `training.flops`, where that is given; so in a run that goes before."""
+    if config.start is not None and config.start.run is not None:
+        config = dataclasses.replace(config, start=dataclasses.replace(config.start, run=resolve(config.start.run)))
     if config.training.flops is None:
         return config
     steps = steps_for(config, config.training.flops)
@@ -333,6 +344,14 @@ def resolve(config: Config) -> Config:
 
 
 def matched(config: Config, reference: Config) -> Config:
-    """`config`, trained for as many FLOPs as `reference` spends in its `training.steps` on its batches."""
-    flops = float(reference.training.steps * training_flops_per_step(reference))
+    """`config`, trained for as many FLOPs as `reference` spends in its `training.steps` on its batches.
+
+    What goes before counts on both sides. Raises UserError where that alone spends as much as the reference.
+    """
+    flops = float(training_flops(reference))
+    if config.start is not None and config.start.run is not None:
+        first = training_flops(resolve(config.start.run))
+        if first >= flops:
+            raise UserError(f"start.run spends {first:.3g} FLOPs and the whole run may spend {flops:.3g}: shorten it")
+        flops -= first
     return dataclasses.replace(config, training=dataclasses.replace(config.training, flops=flops))

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ponder import sweep
 from ponder.errors import UserError
-from ponder.models.config import ModelConfig, TokenModel, Transformer, meets_stopped
+from ponder.models.config import ModelConfig, TokenModel, Transformer, layer_counts, meets_stopped
 from ponder.protocols import Measure, Rule, Taught
 from ponder.tasks.task import SPLITS, Task
 
@@ -60,7 +60,8 @@ class Training:
     batch_size: int = 128
     steps: int = 1000
     flops: float | None = None
-    """Total training FLOPs, spent. When given it sets `steps`, so that arms of different cost train equally long."""
+    """Training FLOPs, spent, save for those of a `start`. When given it sets `steps`, so that arms of different cost
+    train equally long."""
     depth: Depth | None = None
     """Draw the number of steps of each batch. None: `model.steps`, always, which else are those of evaluation alone."""
     updates: Literal["batch", "step"] = "batch"
@@ -113,6 +114,38 @@ class Mesh:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Layers of an earlier model that become this one's, by their place in its order of application, from 0.
+
+    The earlier model's layers are its prelude, its core (an untied one with the layers of every step) and its coda. A
+    retrofit (McLeish et al. 2025, arXiv 2511.07384, figure 1) takes the first for the prelude, the last for core and
+    coda, and drops those between.
+    """
+
+    prelude: tuple[int, ...] = ()
+    core: tuple[int, ...] = ()
+    coda: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Start:
+    """The earlier run whose final parameters this one begins with: their average, where it kept one.
+
+    Parameters are taken over by name. Those that the earlier model lacks (injection, heads) start fresh, those that
+    this one lacks are left behind. Exactly one of `run` and `workdir` is given.
+    """
+
+    run: Config | None = None
+    """Trained first, in `<workdir>/start`, with this run's seed, seeds and mesh. Its cost is part of this run's."""
+    workdir: str | None = None
+    """A workdir whose training has ended."""
+    cut: Cut | None = None
+    """None: all layers, which then are as many as this model's."""
+    train: Literal["all", "heads"] = "all"
+    """heads: all but the halting and continue heads stays as it was."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One run."""
 
@@ -134,9 +167,22 @@ class Config:
     sweep: tuple[str, ...] = ()
     """Train these settings of numbers at once, too, all seeds of each: "rule.prior=0.1 optim.lr=3e-4" is one (see
     `ponder.sweep`). A member that diverges ends them all."""
+    start: Start | None = None
+    """Begin with the parameters of an earlier run. None: with fresh ones."""
+
+    def __post_init__(self) -> None:
+        if self.start is not None and self.start.run is not None:
+            first = dataclasses.replace(self.start.run, seed=self.seed, seeds=self.seeds, mesh=self.mesh)
+            object.__setattr__(self, "start", dataclasses.replace(self.start, run=first))
+
+    @property
+    def heads_only(self) -> bool:
+        """Whether the heads alone are trained."""
+        return self.start is not None and self.start.train == "heads"
 
 
-# What may differ when a workdir is resumed; everything else is refused with the difference.
+# What may differ when a workdir is resumed; everything else is refused with the difference. In a run that goes before
+# the same, save for how long it trains: where this run began does not move.
 MAY_CHANGE = ("training.steps", "training.flops", "logging", "evaluation", "checkpoint", "mesh", "name")
 
 
@@ -171,6 +217,7 @@ def validate(config: Config) -> None:
         ),
         *_of_depth(config),
         *_of_updates(config),
+        *_of_start(config),
         (
             not (training.freeze and isinstance(config.rule, Taught)),
             f"training.freeze is on, but {type(config.rule).__name__} is taught by steps taken after the stop",
@@ -225,6 +272,38 @@ def validate(config: Config) -> None:
     for depth in config.evaluation.depths:
         check_depth(model, depth)
     sweep.check(config, validate)
+    if config.start is not None and config.start.run is not None:
+        check_origin(config, config.start.run)
+        try:
+            validate(config.start.run)
+        except UserError as error:
+            raise UserError(f"start.run: {error}") from error
+
+
+def check_origin(config: Config, earlier: Config) -> None:
+    """Raises UserError where a run cannot start from a run of `earlier`, as far as that shows without parameters."""
+    model, origin, cut = config.model, earlier.model, config.start and config.start.cut
+    if type(model) is not type(origin):
+        raise UserError(f"start: a {type(model).__name__} cannot start from a {type(origin).__name__}")
+    if not (isinstance(model, Transformer) and isinstance(origin, Transformer)):
+        if cut is not None:
+            raise UserError(f"start.cut names layers, and a {type(model).__name__} has none: leave it out")
+        return
+    own, theirs = layer_counts(model), layer_counts(origin)
+    if cut is None:
+        if own != theirs:
+            raise UserError(
+                f"start: the earlier model has {theirs} layers of prelude, core and coda and this one {own}: "
+                "give start.cut, which become which"
+            )
+        return
+    for name, count in zip(("prelude", "core", "coda"), own, strict=True):
+        taken = getattr(cut, name)
+        if len(taken) != count:
+            raise UserError(f"start.cut.{name} names {len(taken)} layers, and the {name} of this model has {count}")
+        for layer in taken:
+            if not 0 <= layer < sum(theirs):
+                raise UserError(f"start.cut.{name} names layer {layer}: the earlier model has 0 to {sum(theirs) - 1}")
 
 
 def check_depth(model: ModelConfig, steps: int) -> None:
@@ -268,6 +347,24 @@ def _of_updates(config: Config) -> Iterator[tuple[bool, str]]:
     yield training.depth is None, "training.updates=step and training.depth exclude each other: all steps are updates"
     yield not training.freeze, "training.updates=step and training.freeze exclude each other: all lanes take all steps"
     yield config.optim.accumulate == 1, "training.updates=step needs optim.accumulate=1: a step's state is of one batch"
+
+
+def _of_start(config: Config) -> Iterator[tuple[bool, str]]:
+    start = config.start
+    if start is None:
+        return
+    given = (start.run is not None) + (start.workdir is not None)
+    both = "both a run and a workdir" if given else "neither a run nor a workdir"
+    yield given == 1, f"start has {both}: give one of them"
+    yield not config.sweep, "sweep and start exclude each other: the settings of a sweep begin afresh"
+    if start.train == "heads":
+        rule = type(config.rule).__name__
+        reads = config.rule.needs & {"halt", "probe", "go"}
+        yield bool(reads), f"start.train is heads, but {rule} reads no head: nothing would be trained"
+        mixes = config.rule.mixes
+        yield mixes == "losses", f"start.train is heads, but {rule} mixes {mixes}: use a rule that mixes losses"
+        yield config.optim.ema_decay is None, "optim.ema_decay is set, but start.train is heads: set it to None"
+        yield not config.model.remat, "model.remat is on, but start.train is heads: no layer has a backward pass"
 
 
 def _impossible(config: Config) -> Iterator[str]:

@@ -17,7 +17,7 @@ from flax import nnx
 
 from ponder.config import Config
 from ponder.data.batch import Batch
-from ponder.objectives.ponder import Start
+from ponder.objectives.ponder import Thought
 from ponder.protocols import State
 from ponder.step import Metrics, Parameters, TrainState, make_loss, updated
 
@@ -42,7 +42,7 @@ def make_train_step(
 
         def update(carry: tuple[TrainState, State], k: jax.Array) -> tuple[tuple[TrainState, State], Metrics]:
             trained, thought = carry
-            start = Start(jax.lax.stop_gradient(thought), k)
+            start = Thought(jax.lax.stop_gradient(thought), k)
             gradients, (metrics, thought) = gradient(
                 trained.params, batch, batch, jax.random.fold_in(key, k), start=start
             )

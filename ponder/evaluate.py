@@ -49,6 +49,9 @@ class Options:
     """Fixed depths besides those of training; the largest is where the walk ends. Default: the trained depth."""
     risk: float | None = None
     """Calibrate each readout to break at most this share of questions."""
+    resplits: int = 0
+    """With --risk: so often the questions of the calibration split and of this one are thrown together and dealt anew,
+    and the share of times is told in which the risk was kept."""
     rows: int | None = None
     """Rows of the split. None: all."""
     which: Literal["best", "last"] = "last"
@@ -77,6 +80,7 @@ def evaluate(
     rule: tuple[str, ...] = (),
     depths: tuple[int, ...] = (),
     risk: float | None = None,
+    resplits: int = 0,
     rows: int | None = None,
     which: Literal["best", "last"] = "last",
     data_dir: str | None = None,
@@ -94,7 +98,15 @@ def evaluate(
     if data_dir is not None:
         with sources.reading_from(data_dir):
             return evaluate(
-                workdir, split=split, rule=rule, depths=depths, risk=risk, rows=rows, which=which, cache_dir=cache_dir
+                workdir,
+                split=split,
+                rule=rule,
+                depths=depths,
+                risk=risk,
+                resplits=resplits,
+                rows=rows,
+                which=which,
+                cache_dir=cache_dir,
             )
     config = replace(sweep.members(records.read_config(workdir))[0], mesh=Mesh(data=1))
     if not walks.can_walk(config):
@@ -102,6 +114,8 @@ def evaluate(
             f"{type(config.rule).__name__} on {type(config.task).__name__} has no walk: rules that mix states answer "
             "with no single step, and tasks in bits have no questions that are right or wrong"
         )
+    if resplits < 0 or (resplits and risk is None):
+        raise UserError(f"--resplits is {resplits}: at least 0, and with --risk, whose promise it tries")
     if risk is not None and meets_stopped(config.model):
         raise UserError(
             "--risk needs tokens that do not see each other's steps, or stop together: of this model a walk is no "
@@ -125,14 +139,16 @@ def evaluate(
         validation = walker.record(params, "validation").walked
         calibration = walker.record(params, "calibration").walked
         wanted = [name for name in get_args(Measure) if not rule or name in rule]
-        kept = (_at_risk(recorded, validation, calibration, name, risk) for name in wanted)
+        kept = (_at_risk(recorded, validation, calibration, name, risk, resplits) for name in wanted)
         told += [row for row in kept if row is not None]
     about = {"split": split, "arm": config.name, "seed": config.seed, "trained_steps": config.model.steps}
     summary = {"frontier": "summary", **walks.summary(found, recorded)}
     return [about | row for row in (*told, summary)]
 
 
-def _at_risk(recorded: Any, validation: Any, calibration: Any, measure: Measure, level: float) -> Row | None:
+def _at_risk(
+    recorded: Any, validation: Any, calibration: Any, measure: Measure, level: float, resplits: int
+) -> Row | None:
     """The calibrated readout on this split; None where no threshold keeps the risk."""
     threshold = walks.calibrated(validation, calibration, measure, level)
     if threshold is None:
@@ -141,6 +157,7 @@ def _at_risk(recorded: Any, validation: Any, calibration: Any, measure: Measure,
     walked = recorded.walked
     stops = frontier.by_unrest(walked, measure, threshold)
     useful, spent = recorded.flops(stops, Readout(measure=measure, threshold=threshold))
+    again = walks.resplits(validation, calibration, walked, measure, level, resplits) if resplits else []
     return {
         "frontier": f"{measure} at risk {level:g}",
         "setting": threshold,
@@ -148,14 +165,14 @@ def _at_risk(recorded: Any, validation: Any, calibration: Any, measure: Measure,
         "useful_flops": useful,
         "spent_flops": spent,
         "broken": float(walks.broken(walked, stops).mean()),
-    }
+    } | ({"resplits": resplits, "kept": sum(each <= level for each in again) / resplits} if again else {})
 
 
 def show(rows: list[Row]) -> None:
     """Print a table of the settings that no cheaper one of the same exit beats, at most `SHOWN` an exit."""
     table = Table("exit", box=None, header_style="bold")
     table.add_column("setting", justify="right")
-    for name in ("accuracy", "loss", "steps", "useful FLOPs", "rank corr.", "calibration error", "broken"):
+    for name in ("accuracy", "loss", "steps", "useful FLOPs", "rank corr.", "calibration error", "broken", "kept"):
         table.add_column(name, justify="right")
     for row in (row for name in dict.fromkeys(row["frontier"] for row in rows[:-1]) for row in _best(rows, name)):
         setting = row["setting"]
@@ -169,6 +186,7 @@ def show(rows: list[Row]) -> None:
             "" if (rank := row.get("rank_correlation")) is None else f"{rank:.2f}",
             f"{row['calibration_error']:.3f}" if "calibration_error" in row else "",
             f"{row['broken']:.4f}" if "broken" in row else "",
+            f"{row['kept']:.3f}" if "kept" in row else "",
         )
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(table)

@@ -11,6 +11,7 @@ from ponder.config import Optim
 
 # Embeddings and readouts: a class's row is seen at its own rate. Masks of a word's place start at one, not at zero.
 NOT_DECAYED = frozenset({"vocab", "word"})
+HEADS = frozenset({"halting", "going"})  # what trajectories call them
 
 
 def schedule(optim: Optim, total_steps: int) -> optax.Schedule:
@@ -40,8 +41,27 @@ def decay_mask(axes: Any) -> Any:
     return jax.tree.map(decays, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
-def make_optimizer(optim: Optim, total_steps: int, axes: Any) -> optax.GradientTransformation:
-    """The whole chain. `axes` gives the logical axis names of each parameter (`ponder.models.layers.logical_axes`)."""
+def head_mask(params: Any) -> Any:
+    """True for the parameters of the halting and continue heads. Takes their `axes`, too."""
+
+    def is_head(path: Any, leaf: Any) -> bool:
+        return any(getattr(key, "key", None) in HEADS for key in path)
+
+    return jax.tree_util.tree_map_with_path(is_head, params, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def heads_alone(params: Any) -> Any:
+    """The parameters, of which the heads' alone carry a gradient."""
+    return jax.tree.map(lambda head, leaf: leaf if head else jax.lax.stop_gradient(leaf), head_mask(params), params)
+
+
+def make_optimizer(optim: Optim, total_steps: int, axes: Any, heads_only: bool = False) -> optax.GradientTransformation:
+    """The whole chain. `axes` gives the logical axis names of each parameter (`ponder.models.layers.logical_axes`).
+
+    `heads_only`: the other parameters, whose gradient must be zero (`heads_alone`), have no moments and do not decay.
+    """
+    if heads_only:
+        return optax.masked(make_optimizer(optim, total_steps, axes), head_mask(axes))
     adamw = optax.adamw(
         schedule(optim, total_steps),
         b1=optim.b1,

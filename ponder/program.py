@@ -72,7 +72,7 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
     axes = logical_axes(abstract_model)
     per_batch = deep_supervision.updates_per_batch(config)
     updates = config.training.steps * per_batch
-    optimizer = make_optimizer(config.optim, updates, axes)
+    optimizer = make_optimizer(config.optim, updates, axes, config.heads_only)
     training = {"batch": step, "step": deep_supervision}[config.training.updates]
 
     # Three streams of one key a member's seed: initial parameters, training steps, evaluation.
@@ -93,7 +93,7 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
 
     def member_step(state: TrainState, batch: Batch, key: jax.Array, swept: dict[str, jax.Array]) -> Any:
         own = sweep.traced(config, swept)
-        optimizer = make_optimizer(own.optim, updates, axes)
+        optimizer = make_optimizer(own.optim, updates, axes, config.heads_only)
         return training.make_train_step(graphdef, optimizer, own)(state, batch, key)
 
     def all_steps(state: TrainState, batch: Batch, keys: jax.Array, swept: dict[str, jax.Array]) -> Any:

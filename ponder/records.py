@@ -142,6 +142,17 @@ def read_results(workdir: epath.PathLike, config: Config) -> list[dict[str, Any]
     return results if results and same else None
 
 
+def read_finished(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """The entries of `results.json`. Raises UserError where the training has not ended."""
+    path = epath.Path(workdir) / RESULTS
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"no {path}: the training of {workdir} has not ended") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): run the training's command again") from error
+
+
 def write_whole(path: epath.PathLike, text: str) -> None:
     """Write a file of the workdir so that it is there whole or not at all. Raises UserError if it cannot be written."""
     path = epath.Path(path)
@@ -190,8 +201,18 @@ def difference(old: Config, new: Config) -> list[str]:
     return [
         f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
         for name in {**before, **after}
-        if before.get(name, _flat) != after.get(name, _flat) and not _under(name, MAY_CHANGE)
+        if before.get(name, _flat) != after.get(name, _flat) and not _may_change(name)
     ]
+
+
+def _may_change(name: str) -> bool:
+    own = _own(name)
+    return _under(own, MAY_CHANGE) and (own == name or not _under(own, ("training",)))
+
+
+def _own(name: str) -> str:
+    """A field's name in its own run, where that is one that goes before."""
+    return name.rpartition("start.run.")[2]
 
 
 def check_same(workdir: epath.PathLike, config: Config) -> None:
@@ -295,13 +316,18 @@ def run_key(config: Config) -> str:
             parts.append(data_key(config))
     except UserError:  # a run will say what is missing; until then its data are no other run's
         parts.append("missing")
+    if config.start is not None and config.start.run is not None:
+        parts.append(run_key(config.start.run))
+    elif config.start is not None:
+        results = epath.Path(config.start.workdir or "") / RESULTS
+        parts.append(hashlib.sha256(results.read_bytes()).hexdigest() if results.exists() else "missing")
     text = json.dumps(parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def settings_key(config: Config) -> str:
     """Names a run by its configuration alone, whatever the code."""
-    settings = sorted((name, value) for name, value in _flat(to_json(config)) if not _under(name, _LOOK_FIELDS))
+    settings = sorted((name, value) for name, value in _flat(to_json(config)) if not _under(_own(name), _LOOK_FIELDS))
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
@@ -319,6 +345,7 @@ def code_of(config: Config) -> str:
     import, and its own task, model and rule. Another rule or task beside them leaves it as it is."""
     names = {type(part).__module__ for part in (config.task, config.model, config.rule)}
     names |= {"ponder.program", "ponder.evaluation", "ponder.data.feed", config.model.trajectory.partition(":")[0]}
+    names |= {"ponder.start"} if config.start is not None else set()
     return _hash_modules(frozenset(name for name in names if name.split(".")[0] == "ponder"))
 
 

@@ -199,17 +199,19 @@ def shardings(abstract_params: Any, axes: Any, mesh: jax.sharding.Mesh, *, seeds
 def optimizer_shardings(
     optimizer: optax.GradientTransformation, abstract_state: Any, param_shardings: Any, mesh: jax.sharding.Mesh
 ) -> Any:
-    """Shardings of an optimizer state: moments lie like their parameters, counters are replicated.
+    """Shardings of an optimizer state: moments lie like their parameters, counters are replicated. Parameters that
+    the optimizer masks out have none.
 
     Needed because `jax.jit(optimizer.init)` without out-shardings replicates the moments on an `Auto` mesh.
     `abstract_state` is `jax.eval_shape(optimizer.init, params)`, with the seeds axis where there is one.
     """
     return optax.tree.map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda moment, sharding: moment if isinstance(moment, optax.MaskedNode) else sharding,
         abstract_state,
         param_shardings,
         transform_non_params=lambda _: replicated(mesh),
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
 
 

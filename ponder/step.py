@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 from ponder.config import Config
 from ponder.data.batch import Batch
 from ponder.engine import depth
-from ponder.objectives.ponder import Start, mean_over, ponder_loss, thinking_lanes
+from ponder.objectives.ponder import Thought, mean_over, ponder_loss, thinking_lanes
+from ponder.optim import heads_alone
 from ponder.protocols import State, Taught
 
 Parameters = Any  # nested dict of arrays
@@ -102,9 +103,9 @@ def make_loss(graphdef: Any, config: Config) -> Callable[..., tuple[jax.Array, t
         whole: Batch,
         key: jax.Array,
         before: jax.Array | None = None,
-        start: Start | None = None,
+        start: Thought | None = None,
     ) -> tuple[jax.Array, tuple[Metrics, State]]:
-        trajectory = nnx.merge(graphdef, params)
+        trajectory = nnx.merge(graphdef, heads_alone(params) if config.heads_only else params)
         steps = None if training.depth is None else training.depth.backprop
         _, outcome = ponder_loss(
             trajectory,

@@ -2,8 +2,9 @@
 
     python -m ponder.train --config=experiments/addition.py --workdir=runs/addition
 
-The order is: configuration -> mesh -> data -> sharded state -> restore, if the workdir has a checkpoint -> loop of
-steps, logging, evaluation and saving -> final evaluation. The same command after a kill goes on where the run was.
+The order is: configuration -> mesh -> the run that it starts from, if any -> data -> sharded state -> restore, if the
+workdir has a checkpoint -> loop of steps, logging, evaluation and saving -> final evaluation. The same command after a
+kill goes on where the run was.
 
 As a library: `ponder.train(config, workdir)` and `ponder.load(workdir)`.
 """
@@ -28,7 +29,7 @@ from ponder.models import sizes
 with epy.lazy_imports():  # `--help` needs none of these
     import jax
 
-    from ponder import checkpoint, evaluation, lock, metrics, preemption, program, runlog, sharding, walks
+    from ponder import checkpoint, evaluation, lock, metrics, preemption, program, runlog, sharding, start, walks
     from ponder import step as steps
     from ponder.data import feed
     from ponder.tasks import sources
@@ -72,7 +73,7 @@ def train(
       config: the run. A workdir that holds another one is refused.
       workdir: folder of the run. None: a new temporary folder.
       data_dir, cache_dir: as in `Options`.
-      callbacks: each is called with every row of metrics.jsonl as it is written.
+      callbacks: each is called with every row of metrics.jsonl as it is written, and of its `start.run`.
 
     Raises:
       UserError: bad configuration, data or workdir, in one line.
@@ -89,12 +90,17 @@ def train(
     mesh = sharding.make_mesh(config.mesh)
     with lock.locked(folder), preemption.Preemption() as leaving, jax.set_mesh(mesh):
         config = records.settle(folder, config)
+        origin = start.origin(config, folder)
+        if origin is not None and not origin.finished:
+            before = train(origin.config, origin.workdir, cache_dir=cache_dir, callbacks=callbacks)
+            if not before.finished:
+                return before._replace(workdir=str(folder))
         run = program.compile_program(config, mesh)
         batches = feed.training(config, cache_dir, *sharding.process_share(mesh))
         held_out = evaluation.HeldOut(run, cache_dir, *sharding.process_share(mesh))
         with checkpoint.Checkpoints(folder, config.checkpoint.keep_last, config.checkpoint.keep_best) as saves:
             restored = saves.restore(run.abstract)
-            state, first = (run.initial_state(), 0) if restored is None else (restored.state, restored.step)
+            state, first = (restored.state, restored.step) if restored else (start.initial_state(run, origin), 0)
             if first > config.training.steps:
                 raise UserError(
                     f"{folder} has trained {first} steps already: training.steps {config.training.steps} is less"
@@ -127,7 +133,7 @@ def train(
                         break
                 saves.wait()
                 finished = step == config.training.steps
-                results = finish(run, state, held_out, meter.seconds, log, folder) if finished else []
+                results = finish(run, state, held_out, meter.seconds, log, folder, origin) if finished else []
     return Result(results, run.model(steps.evaluated(state)), str(folder), finished)
 
 
@@ -138,12 +144,14 @@ def finish(
     seconds: float,
     log: runlog.RunLog,
     folder: epath.Path,
+    origin: start.Origin | None,
 ) -> list[dict[str, Any]]:
     """Evaluate whole splits, write results.json and traces.jsonl, and show the table; once done, only show it."""
     config = run.config
     if (known := records.read_results(folder, config)) is not None:
         log.finish(known)
         return known
+    flops_before, seconds_before = (0.0, 0.0) if origin is None else origin.spent()
     rows = []
     for split in config.evaluation.splits:
         if split in config.task.splits:
@@ -164,8 +172,9 @@ def finish(
             **records.trained_by(folder),
             "parameters": sum(row.parameters for row in models.table(run.abstract_model)),
             "training_steps": config.training.steps,
-            "training_flops": float(config.training.steps * compute.training_flops_per_step(config)),
-            "train_seconds": seconds,
+            "training_flops": flops_before + float(config.training.steps * compute.training_flops_per_step(config)),
+            "train_seconds": seconds_before + seconds,
+            "flops_before": flops_before,
             "evaluations": [row for row in rows if label.items() <= row.items()] + found,
             "frontier": curve,
         }

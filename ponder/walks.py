@@ -330,7 +330,32 @@ def calibrated(
     Candidates are quantiles of the measure on `validation`, from careful to bold; the promise and its assumptions are
     those of `ponder.risk.learn_then_test` on `calibration`. None where not even the most careful one keeps it.
     """
-    candidates = frontier.thresholds(validation.unrest[measure][:, validation.target], 33)
-    risks = [broken(calibration, frontier.by_unrest(calibration, measure, float(each))) for each in candidates]
-    chosen = risk.learn_then_test(risks, level, error)
+    candidates = _candidates(validation, measure)
+    chosen = risk.learn_then_test(_risks(calibration, measure, candidates), level, error)
     return None if chosen is None else float(candidates[chosen])
+
+
+def resplits(
+    validation: Walked, calibration: Walked, test: Walked, measure: str, level: float, count: int, error: float = 0.05
+) -> list[float]:
+    """Realised risks of `count` calibrations: the questions of calibration and test are thrown together and dealt anew,
+    as many to each as they had, and the threshold that one half gives is judged on the other. Where none is given
+    nothing stops early, and nothing breaks."""
+    candidates = _candidates(validation, measure)
+    pairs = zip(*(_risks(walked, measure, candidates) for walked in (calibration, test)), strict=True)
+    risks = np.stack([np.concatenate(pair) for pair in pairs])  # [candidates, questions]
+    drawn = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        own, other = np.split(drawn.permutation(risks.shape[1]), [calibration.asked])
+        chosen = risk.learn_then_test(list(risks[:, own]), level, error)
+        found.append(0.0 if chosen is None else float(risks[chosen, other].mean()))
+    return found
+
+
+def _candidates(validation: Walked, measure: str) -> np.ndarray:
+    return frontier.thresholds(validation.unrest[measure][:, validation.target], 33)
+
+
+def _risks(walked: Walked, measure: str, candidates: np.ndarray) -> list[np.ndarray]:
+    return [broken(walked, frontier.by_unrest(walked, measure, float(each))) for each in candidates]

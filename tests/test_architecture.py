@@ -24,7 +24,7 @@ FLOORS = (
     "objectives",
     "evaluation optim profiling program step",
     "recipes",
-    "runlog walks",
+    "runlog start walks",
     "cli jobs reporting",
     "ablate bench evaluate export report train",
 )

@@ -36,7 +36,7 @@ def run(folder: Path, monkeypatch: Any, *words: str) -> int:
 
 def test_rows_table_and_file(workdir: Path, monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
     output = tmp_path / "rows.jsonl"
-    words = ("--split=test", "--depths=4,8", "--risk=0.3", f"--output={output}")
+    words = ("--split=test", "--depths=4,8", "--risk=0.3", "--resplits=20", f"--output={output}")
     assert run(workdir, monkeypatch, *words) == 0
     shown = capsys.readouterr().out
     assert "regret of the best fixed depth" in shown and "margin" in shown
@@ -46,6 +46,7 @@ def test_rows_table_and_file(workdir: Path, monkeypatch: Any, capsys: Any, tmp_p
     assert rows[-1]["frontier"] == "summary" and len(rows[-1]["state_norms"]) == 8
     at_risk = [row for row in rows if "at risk 0.3" in row["frontier"]]
     assert at_risk and all(0 <= row["broken"] <= 1 for row in at_risk)
+    assert all(row["resplits"] == 20 and 0 <= row["kept"] <= 1 for row in at_risk)
     assert {"head", "oracle", "kl"} <= {row["frontier"] for row in rows}
 
 
@@ -62,6 +63,7 @@ def test_chosen_exits_and_the_usual_place(workdir: Path, monkeypatch: Any) -> No
         (["--split=tset"], "Addition has no split 'tset'; nearest: test"),
         (["--depths=0"], "0 thinking steps"),
         (["--risk=1.5"], "the risk level is 1.5"),
+        (["--resplits=20"], "--resplits is 20: at least 0, and with --risk"),
         (["--workdir=nowhere"], "nowhere"),
     ],
 )

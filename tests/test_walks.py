@@ -278,3 +278,22 @@ def test_walks_with_and_without_unrolling_agree(trained: Any) -> None:
             (other.loss, other.unrest, other.halt, other.norm),
         )
     )
+
+
+def test_resplits_keep_the_risk_that_was_promised() -> None:
+    """Of 200 dealings, each calibrated on one half and judged on the other. The unrest of a question tells how likely
+    stopping breaks it, so that bold thresholds do break the level."""
+    draw = np.random.default_rng(0)
+
+    def drawn(count: int) -> Walked:
+        unrest = draw.random(count)
+        early = draw.random(count) > unrest**2  # wrong at step 1 the more likely, the greater the unrest
+        correct = np.stack([early, np.ones(count, bool)])
+        return walked(correct, range(count), unrest={"margin": np.stack([unrest, np.zeros(count)])})
+
+    validation, calibration, test = (drawn(2000) for _ in range(3))
+    found = walks.resplits(validation, calibration, test, "margin", 0.05, 200)
+    assert len(found) == 200 and np.mean(np.array(found) <= 0.05) >= 0.9
+    assert 0.02 < np.mean(found) < 0.05  # near the level: the promise is not kept by stopping nobody
+    boldest = walks.broken(test, frontier.by_unrest(test, "margin", 1.0)).mean()
+    assert boldest > 0.2

@@ -23,8 +23,9 @@ class Gate(Supervised):
     """Zhu et al. 2025, arXiv 2510.25741 (Ouro), stage two: the gate against realised improvement.
 
     Stage one is `PonderNet(shape="uniform")`: losses weighted by the exit distribution, which is held near the uniform
-    one. Stage two trains the halting head as a probe: its gradient does not reach the state. Here both go on at once,
-    and the steps' answers are trained at even shares. Going on from step k is right in so far as it lowers that lane's
+    one. Stage two trains the halting head as a probe: its gradient does not reach the state. With `start.train="heads"`
+    (`ponder.config.Start`), on a model of the first stage, a run is stage two alone. Else both go on at once, and the
+    steps' answers are trained at even shares. Going on from step k is right in so far as it lowers that lane's
     loss: w_k = sigmoid(slope (L_k - L_{k+1} - margin)), and the loss is the cross entropy of 1 - lambda_k against w_k.
     At inference a lane stops where the cumulative probability of having stopped, 1 - prod (1 - lambda_j), reaches the
     quantile.

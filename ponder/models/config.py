@@ -124,6 +124,11 @@ def meets_stopped(config: ModelConfig) -> bool:
     return shares_steps(config) and isinstance(config, TokenModel) and config.halts == "token"
 
 
+def layer_counts(config: Transformer) -> tuple[int, int, int]:
+    """Layers with parameters of their own: prelude, core, coda. Each step of an untied core has its own."""
+    return config.prelude_layers, config.core_layers * (1 if config.tied else config.steps), config.coda_layers
+
+
 def heads(needs: frozenset[str]) -> dict[str, bool]:
     """The heads that a model must have for a rule that `needs` these (`Rule.needs`), as fields of its configuration."""
     return {"halting_head": bool(needs & {"halt", "probe"}), "continue_head": "go" in needs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,13 +75,21 @@ class Tokens(nnx.Module):
             rows = jnp.where(real, masked, 0.0).sum(axis=-2) * jax.lax.rsqrt(count)
         return constrain_lanes((rows * math.sqrt(self.config.d_model)).astype(self.dtype))
 
-    def see(self, state: Float[Array, "B T D"], context: Context, needs: frozenset[str]) -> Seen:
+    def answering(self, state: Any) -> Float[Array, "B T D"]:
+        """The state that is read out."""
+        return state
+
+    def see(self, state: Any, context: Context, needs: frozenset[str]) -> Seen:
         """Raises UserError where the rule reads a head that the model does not have."""
+        answering = self.answering(state)
         return Seen(
-            **layers.read_heads(self.halting, self.going, state, needs),
+            **layers.read_heads(self.halting, self.going, answering, needs),
             logits=self.logits(self.finish(state, context)) if "logits" in needs else None,
-            hidden=state if "hidden" in needs else None,
+            hidden=answering if "hidden" in needs else None,
         )
+
+    def finish(self, state: Any, context: Context) -> Float[Array, "B T D"]:
+        return constrain_lanes(self.final_norm(self.answering(state)))
 
     def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """fp32, accumulated in fp32 from operands of the compute dtype."""

@@ -24,7 +24,6 @@ from ponder.models import config as configs
 from ponder.models import layers
 from ponder.models.context import Context
 from ponder.models.tokens import Tokens
-from ponder.protocols import Seen
 from ponder.sharding import constrain_lanes
 from ponder.tasks.task import Shape
 
@@ -78,16 +77,8 @@ class TwoState(Tokens):
             return self._cycle(jax.lax.stop_gradient(state._replace(low=low)), x, context, 1), context
         return self._cycle(state, x, context, self.config.updates), context
 
-    def see(self, state: States, context: Context, needs: frozenset[str]) -> Seen:
-        """Of the answer. Raises UserError where the rule reads a head that the model does not have."""
-        return Seen(
-            **layers.read_heads(self.halting, self.going, state.high, needs),
-            logits=self.logits(self.finish(state, context)) if "logits" in needs else None,
-            hidden=state.high if "hidden" in needs else None,
-        )
-
-    def finish(self, state: States, context: Context) -> Float[Array, "B T D"]:
-        return constrain_lanes(self.final_norm(state.high))
+    def answering(self, state: States) -> Float[Array, "B T D"]:
+        return state.high
 
     def _cycle(self, state: States, x: jax.Array, context: Context, updates: int) -> States:
         low = self._think(state, x, context, updates)

@@ -30,7 +30,7 @@ class Outcome(NamedTuple):
     state: State  # at the stop; lanes that do not think have not moved
 
 
-class Start(NamedTuple):
+class Thought(NamedTuple):
     """A thought that is taken up again."""
 
     state: State
@@ -73,7 +73,7 @@ def ponder_loss(
     freeze: bool,
     steps: int | None = None,
     before: jax.Array | None = None,
-    start: Start | None = None,
+    start: Thought | None = None,
     unroll: bool = True,
     remat: bool = False,
 ) -> tuple[Float[jax.Array, ""], Outcome]:
@@ -157,7 +157,7 @@ def run(
     key: jax.Array,
     *,
     before: jax.Array | None = None,
-    start: Start | None = None,
+    start: Thought | None = None,
     observe: Any = None,
     **options: Any,
 ) -> Ran:
@@ -187,7 +187,7 @@ def _path(
         answer = groups.together(batch.segments, asked)
         losses = jax.vmap(groups.mean, (0, None))(losses, answer)
         right, agrees = (jax.vmap(groups.all_of, (0, None))(each, answer) for each in (right, agrees))
-    return Path(*heads, losses, right, agrees, asked.astype(jnp.float32))
+    return Path(heads[0], heads[1], losses, right, agrees, asked.astype(jnp.float32))
 
 
 def _read_out(trajectory: Trajectory, ran: Ran, batch: Batch) -> Outcome:

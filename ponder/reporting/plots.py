@@ -134,7 +134,8 @@ def learning_curves(table: Table, runs: Sequence[Run], name: str) -> str:
             means: dict[float, list[float]] = {}
             for run in of_arm:
                 values = [row[table.metric.field] for row in run.curve]
-                costs = [row["step"] / run.training_steps * run.training_flops for row in run.curve]
+                own = run.training_flops - run.flops_before
+                costs = [run.flops_before + row["step"] / run.training_steps * own for row in run.curve]
                 if len(of_arm) > 1:
                     axes.plot(costs, values, color=drawing.hue(table, arm), linewidth=0.6, alpha=0.4)
                 for cost, value in zip(costs, values, strict=True):

@@ -32,6 +32,8 @@ class Run:
     parameters: int
     training_steps: int
     training_flops: float
+    flops_before: float
+    """Of these, those of the run that it started from."""
     train_seconds: float
     """Of this seed: members that trained together share the seconds of their run."""
     processors: int
@@ -135,6 +137,7 @@ def from_row(row: Row, source: str) -> Run:
             parameters=int(row["parameters"]),
             training_steps=int(row["training_steps"]),
             training_flops=float(row["training_flops"]),
+            flops_before=float(row.get("flops_before", 0.0)),
             train_seconds=seconds,
             processors=used,
             cost_seconds=float(row.get("cost_seconds", seconds * used)),
