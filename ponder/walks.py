@@ -221,7 +221,8 @@ def reliability(walked: Walked, rule: Rule, stops: Stops | None) -> dict[str, li
 
     `last`: the answer's confidence at the last step against its being right. `own`: the same at the default exit,
     `stops`, where that is another one. `head`: what the head believes, at all steps, against what it was taught:
-    `Correctness` that the answer is right, `Classifier` that it is the last step's (the last step itself left out).
+    `Correctness` that the answer is right, `Classifier` that it is the last step's (the last step itself left out); of
+    the whole answer where its lanes stop together.
     """
     target = walked.target
     found = {"last": frontier.reliability(walked.confidence[-1, target], walked.correct[-1, target])}
@@ -230,11 +231,19 @@ def reliability(walked: Walked, rule: Rule, stops: Stops | None) -> dict[str, li
         found["own"] = frontier.reliability(sure, right)
     if isinstance(rule, Correctness | Classifier) and walked.halt is not None:
         steps = slice(None) if isinstance(rule, Correctness) else slice(walked.steps - 1)
-        taught = walked.correct if isinstance(rule, Correctness) else walked.agrees
+        taught = _of_answers(walked, walked.correct if isinstance(rule, Correctness) else walked.agrees)
         believed = np.exp(-np.logaddexp(0.0, -walked.halt[steps, target].astype(np.float64)))
         if believed.size:
             found["head"] = frontier.reliability(believed.ravel(), taught[steps, target].ravel())
     return found
+
+
+def _of_answers(walked: Walked, holds: np.ndarray) -> np.ndarray:
+    """[K, N] What heads are taught of each lane: where lanes stop together, that it holds of all of their answer."""
+    if not walked.together:
+        return holds
+    fails = walked.target & ~holds
+    return np.stack([np.bincount(walked.question, row)[walked.question] == 0 for row in fails])
 
 
 def final(walker: Walker, config: Config, params: Any) -> tuple[list[Row], Row]:

@@ -236,6 +236,9 @@ def test_reliability_by_hand() -> None:
     assert set(found) == {"last", "head"}  # the default exit is the last step
     assert bins(found["head"]) == [(0.15, 0.0, 1), (0.95, 1.0, 1)]  # the step before: it stays or not
     assert set(walks.reliability(one, Gate(), None)) == {"last"}
+    whole = dataclasses.replace(one, question=np.array([0, 0, 1]), together=True)  # the first two are one answer
+    found = walks.reliability(whole, Correctness(), None)
+    assert bins(found["head"]) == [(0.15, 0.5, 2), (0.85, 1.0, 1), (0.95, 0.0, 1)]
 
 
 def test_a_run_keeps_six_digits() -> None:
