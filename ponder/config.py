@@ -55,6 +55,22 @@ class Depth:
 
 
 @dataclass(frozen=True)
+class FixedPoint:
+    """Train at the state that the core settles at (Bai et al. 2019): solved for, not stepped to."""
+
+    tolerance: float = 1e-3
+    """Relative residual that every lane must come to."""
+    most: int = 50
+    """Iterations at most, after the first step; of the implicit gradient as many again. The ledger prices them all."""
+    memory: int = 5
+    """Iterations that Anderson's mixing looks back on. 0: none, plain iteration (Picard)."""
+    gradient: Literal["implicit", "truncated"] = "implicit"
+    """implicit: exact, by the implicit function theorem. truncated: through the `backprop` steps and no further."""
+    backprop: int = 1
+    """Steps after the solution that the rule and the loss see. truncated with 1: Jacobian-free (Fung et al. 2022)."""
+
+
+@dataclass(frozen=True)
 class Training:
     batch_size: int = 128
     steps: int = 1000
@@ -62,6 +78,9 @@ class Training:
     """Total training FLOPs, spent. When given it sets `steps`, so that arms of different cost train equally long."""
     depth: Depth | None = None
     """Draw the number of steps of each batch. None: `model.steps`, always, which else are those of evaluation alone."""
+    fixed_point: FixedPoint | None = None
+    """Solve for the state at which nothing changes any more. At inference `Readout(measure="state_change")` is the same
+    test, a lane at a time, within `model.steps`. None: no."""
     freeze: bool = False
     """Stop halted lanes in training too. Off: they run on, the usual relaxation; the gap is reported."""
 
@@ -163,6 +182,7 @@ def validate(config: Config) -> None:
             f"optim.ema_decay is {optim.ema_decay}: between 0 and 1, or None",
         ),
         *_of_depth(config),
+        *_of_fixed_point(config),
         (
             not (training.freeze and isinstance(config.rule, Taught)),
             f"training.freeze is on, but {type(config.rule).__name__} is taught by steps taken after the stop",
@@ -243,6 +263,24 @@ def _of_depth(config: Config) -> Iterator[tuple[bool, str]]:
     taught = config.rule.needs & {"halt", "probe", "go"}
     yield not taught, f"training.depth is set, but {type(config.rule).__name__} has a head, which must see step 1 on"
     yield not config.training.freeze, "training.freeze and training.depth exclude each other: all lanes run r steps"
+
+
+def _of_fixed_point(config: Config) -> Iterator[tuple[bool, str]]:
+    method, model, name = config.training.fixed_point, config.model, "training.fixed_point"
+    if method is None:
+        return
+    yield method.tolerance > 0, f"{name}.tolerance is {method.tolerance}: above 0"
+    yield method.most >= 1, f"{name}.most is {method.most}: at least 1"
+    yield method.memory >= 0, f"{name}.memory is {method.memory}: at least 1, or 0 for plain iteration"
+    yield method.backprop >= 1, f"{name}.backprop is {method.backprop}: at least 1"
+    tied = not isinstance(model, Transformer) or model.tied
+    yield tied, "model.tied is False: a fixed point is one of a single core, applied again and again"
+    injects = not isinstance(model, Transformer) or model.inject
+    yield injects, "model.inject is False: where a core settles must depend on what it is given at every step"
+    taught = config.rule.needs & {"halt", "probe", "go"}
+    yield not taught, f"{name} is set, but {type(config.rule).__name__} has a head, which must see step 1 on"
+    yield not config.training.freeze, f"training.freeze and {name} exclude each other: all lanes run to the solution"
+    yield config.training.depth is None, f"training.depth and {name} exclude each other: set one of them"
 
 
 def _impossible(config: Config) -> Iterator[str]:

@@ -137,3 +137,4 @@ class Ran(NamedTuple):
     cost: Float[jax.Array, "*n"]
     steps: Int[jax.Array, "*n"]  # executed until the stop
     context: Any
+    solved: Any = None  # how the fixed point was found from which the steps went on (`ponder.engine.anderson.Solved`)

@@ -55,10 +55,13 @@ def make_train_step(
 
     `key` is the run's key: the step's own is `fold_in(key, step)`, so a resumed run draws the same numbers. Metrics:
     loss, task_loss and lesson, where the rule has one (nats a target), cost (a thinking lane), steps (a target),
-    gradient_norm (before clipping).
+    gradient_norm (before clipping). Where a fixed point is solved for, over thinking lanes: iterations, which steps
+    include, the residual that they came to, and the share that is unsettled, with a residual above the tolerance.
     """
     parts = config.optim.accumulate
-    rule, model = config.rule, config.model
+    rule, model, training = config.rule, config.model, config.training
+    # Steps that the rule sees, where there are others before.
+    seen = next((part.backprop for part in (training.depth, training.fixed_point) if part is not None), None)
 
     def loss(
         params: Parameters, batch: Batch, whole: Batch, key: jax.Array, before: jax.Array | None
@@ -70,9 +73,10 @@ def make_train_step(
             rule,
             batch,
             key,
-            freeze=config.training.freeze,
-            steps=None if config.training.depth is None else config.training.depth.backprop,
+            freeze=training.freeze,
+            steps=seen,
             before=before,
+            fixed_point=training.fixed_point,
             unroll=model.unroll,
             remat=model.remat,
         )
@@ -85,6 +89,12 @@ def make_train_step(
         total = task_loss + lesson + rule.cost_weight * cost
         steps = mean_over(outcome.steps.astype(jnp.float32), targets) * of_targets
         told = {"loss": total, "task_loss": task_loss, "cost": cost, "steps": steps}
+        if outcome.solved is not None and training.fixed_point is not None:
+            _, residual, iterations = outcome.solved
+            unsettled = (~(residual <= training.fixed_point.tolerance)).astype(jnp.float32)
+            told["steps"] = steps + mean_over(iterations, targets) * of_targets
+            for name, values in (("iterations", iterations), ("residual", residual), ("unsettled", unsettled)):
+                told[name] = mean_over(values, lanes) * of_lanes
         return total, told | {"lesson": lesson} if isinstance(rule, Taught) else told
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:

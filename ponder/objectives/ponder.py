@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from ponder.config import FixedPoint
 from ponder.data.batch import Batch
 from ponder.engine import depth
+from ponder.engine.anderson import Solved
+from ponder.engine.fixed_point import settle
 from ponder.engine.masked import Moment, masked
 from ponder.objectives.language import correct, cross_entropy
 from ponder.protocols import Path, Ran, Rule, Taught, Trajectory
@@ -26,6 +29,7 @@ class Outcome(NamedTuple):
     correct: Bool[jax.Array, "*n"]  # of the answer read out at the stop
     p_halt: Float[jax.Array, "K *n"]  # fp32
     lesson: Float[jax.Array, "*n"]  # fp32 nats: what the heads are taught (`protocols.Taught`), mean over steps; else 0
+    solved: Solved | None = None  # the fixed point from which the steps went on, where one was solved for
 
 
 def lane_mask(batch: Batch) -> Bool[jax.Array, "*n"]:
@@ -57,6 +61,7 @@ def ponder_loss(
     freeze: bool,
     steps: int | None = None,
     before: jax.Array | None = None,
+    fixed_point: FixedPoint | None = None,
     unroll: bool = True,
     remat: bool = False,
 ) -> tuple[Float[jax.Array, ""], Outcome]:
@@ -73,9 +78,21 @@ def ponder_loss(
     Args:
       freeze, steps, unroll, remat: as in `ponder.engine.masked.masked`.
       before: int32 scalar, steps to run first without gradient (`ponder.engine.depth`). None: none.
+      fixed_point: solve for it first, and step on from there (`ponder.engine.fixed_point`). None: from the start.
     """
     if rule.mixes != "losses":
-        ran = run(trajectory, rule, batch, key, freeze=freeze, steps=steps, before=before, unroll=unroll, remat=remat)
+        ran = run(
+            trajectory,
+            rule,
+            batch,
+            key,
+            freeze=freeze,
+            steps=steps,
+            before=before,
+            fixed_point=fixed_point,
+            unroll=unroll,
+            remat=remat,
+        )
         outcome = _read_out(trajectory, ran, batch)
     else:
 
@@ -92,6 +109,7 @@ def ponder_loss(
             freeze=freeze,
             steps=steps,
             before=before,
+            fixed_point=fixed_point,
             unroll=unroll,
             remat=remat,
             observe=observe,
@@ -113,6 +131,7 @@ def ponder_loss(
             correct=jnp.take_along_axis(right, stop, axis=0)[0],
             p_halt=ran.weight,
             lesson=lesson,
+            solved=ran.solved,
         )
     loss = mean_over(outcome.task_loss + outcome.lesson, batch.weights)
     return loss + rule.cost_weight * mean_over(outcome.cost, outcome.thinks), outcome
@@ -143,6 +162,7 @@ def run(
     key: jax.Array,
     *,
     before: jax.Array | None = None,
+    fixed_point: FixedPoint | None = None,
     observe: Any = None,
     **options: Any,
 ) -> Ran:
@@ -156,7 +176,13 @@ def run(
         still = jax.lax.stop_gradient(trajectory)
         state = depth.warm_up(still, x, state, jax.lax.stop_gradient(context), before, before_key)
         options["before"] = before
-    return masked(trajectory, rule, x, state, context, think_key, mask=mask, observe=observe, **options)
+    solved = None
+    if fixed_point is not None:
+        think_key, settle_key = jax.random.split(think_key)
+        solved = settle(trajectory, x, state, context, mask, fixed_point, settle_key)
+        state, options["before"] = solved.state, 1  # at least; from the second on the steps are the same
+    ran = masked(trajectory, rule, x, state, context, think_key, mask=mask, observe=observe, **options)
+    return ran._replace(solved=solved)
 
 
 def _read_out(trajectory: Trajectory, ran: Ran, batch: Batch) -> Outcome:
@@ -171,4 +197,5 @@ def _read_out(trajectory: Trajectory, ran: Ran, batch: Batch) -> Outcome:
         correct=correct(logits, batch.targets),
         p_halt=ran.weight,
         lesson=jnp.zeros_like(loss),
+        solved=ran.solved,
     )
