@@ -81,6 +81,8 @@ class Training:
     fixed_point: FixedPoint | None = None
     """Solve for the state at which nothing changes any more. At inference `Readout(measure="state_change")` is the same
     test, a lane at a time, within `model.steps`. None: no."""
+    layer_dropout: float = 0.0
+    """Probability that an example leaves out the last step, rising from 0 at the first (LayerSkip). All are priced."""
     freeze: bool = False
     """Stop halted lanes in training too. Off: they run on, the usual relaxation; the gap is reported."""
 
@@ -183,6 +185,18 @@ def validate(config: Config) -> None:
         ),
         *_of_depth(config),
         *_of_fixed_point(config),
+        (
+            0 <= training.layer_dropout < 1,
+            f"training.layer_dropout is {training.layer_dropout}: at least 0 and below 1",
+        ),
+        (
+            not (training.layer_dropout and training.freeze),
+            "training.layer_dropout and training.freeze exclude each other: a step left out has no keys to keep",
+        ),
+        (
+            not (training.layer_dropout and (training.depth or training.fixed_point)),
+            "training.layer_dropout needs the steps of model.steps: not with training.depth or training.fixed_point",
+        ),
         (
             not (training.freeze and isinstance(config.rule, Taught)),
             f"training.freeze is on, but {type(config.rule).__name__} is taught by steps taken after the stop",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from ponder.config import Config
 from ponder.data.batch import Batch
 from ponder.engine import depth
 from ponder.objectives.ponder import mean_over, ponder_loss, thinking_lanes
-from ponder.protocols import Taught
+from ponder.protocols import Rule, Scheduled, Taught
 
 Parameters = Any  # nested dict of arrays
 Metrics = dict[str, Float[Array, ""]]
@@ -59,12 +60,12 @@ def make_train_step(
     include, the residual that they came to, and the share that is unsettled, with a residual above the tolerance.
     """
     parts = config.optim.accumulate
-    rule, model, training = config.rule, config.model, config.training
+    model, training = config.model, config.training
     # Steps that the rule sees, where there are others before.
     seen = next((part.backprop for part in (training.depth, training.fixed_point) if part is not None), None)
 
     def loss(
-        params: Parameters, batch: Batch, whole: Batch, key: jax.Array, before: jax.Array | None
+        rule: Rule, params: Parameters, batch: Batch, whole: Batch, key: jax.Array, before: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
         """Share of the whole batch's loss that the part `batch` brings; the shares add up, gradients too."""
         trajectory = nnx.merge(graphdef, params)
@@ -77,6 +78,7 @@ def make_train_step(
             steps=seen,
             before=before,
             fixed_point=training.fixed_point,
+            layer_dropout=training.layer_dropout,
             unroll=model.unroll,
             remat=model.remat,
         )
@@ -103,7 +105,8 @@ def make_train_step(
         if config.training.depth is not None:
             key, depth_key = jax.random.split(key)
             before = depth.draw(config.training.depth, state.step, depth_key)
-        gradient = jax.grad(loss, has_aux=True)
+        rule = config.rule.at(state.step) if isinstance(config.rule, Scheduled) else config.rule
+        gradient = jax.grad(functools.partial(loss, rule), has_aux=True)
         if parts == 1:
             gradients, metrics = gradient(state.params, batch, batch, key, before)
         else:

@@ -62,6 +62,7 @@ def ponder_loss(
     steps: int | None = None,
     before: jax.Array | None = None,
     fixed_point: FixedPoint | None = None,
+    layer_dropout: float = 0.0,
     unroll: bool = True,
     remat: bool = False,
 ) -> tuple[Float[jax.Array, ""], Outcome]:
@@ -76,7 +77,7 @@ def ponder_loss(
     (ACT: the mixed one) is read out once.
 
     Args:
-      freeze, steps, unroll, remat: as in `ponder.engine.masked.masked`.
+      freeze, steps, layer_dropout, unroll, remat: as in `ponder.engine.masked.masked`.
       before: int32 scalar, steps to run first without gradient (`ponder.engine.depth`). None: none.
       fixed_point: solve for it first, and step on from there (`ponder.engine.fixed_point`). None: from the start.
     """
@@ -90,6 +91,7 @@ def ponder_loss(
             steps=steps,
             before=before,
             fixed_point=fixed_point,
+            layer_dropout=layer_dropout,
             unroll=unroll,
             remat=remat,
         )
@@ -110,6 +112,7 @@ def ponder_loss(
             steps=steps,
             before=before,
             fixed_point=fixed_point,
+            layer_dropout=layer_dropout,
             unroll=unroll,
             remat=remat,
             observe=observe,
