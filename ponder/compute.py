@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ponder.config import Config, Depth
+from ponder.config import Config, Depth, FixedPoint
 from ponder.errors import UserError
 from ponder.models.config import (
     ModelConfig,
@@ -264,7 +264,11 @@ def weighted_move(size: Number) -> Cost:
 
 
 def training_cost(config: Config) -> Cost:
-    """Spent FLOPs a lane and optimizer step: K steps of training, every lane running on."""
+    """Spent FLOPs a lane and optimizer step: K steps of training, every lane running on.
+
+    Of a fixed point it is an upper bound: `most` iterations, though fewer may do. What they came to is in the metrics,
+    and known only afterwards, when it is too late to match a budget. An arm is so given too little, never too much.
+    """
     if config.training.updates == "step":  # as many passes of one step, each from the embedding on
         once = dataclasses.replace(config, model=dataclasses.replace(config.model, steps=1))
         once = dataclasses.replace(once, training=dataclasses.replace(config.training, updates="batch"))
@@ -272,8 +276,8 @@ def training_cost(config: Config) -> Cost:
     model, shape = config.model, config.task.shape
     priced = parts(model, shape, config.rule.needs)
     readout = priced.finish + priced.logits + cross_entropy(shape.classes)
-    depth = config.training.depth
-    steps = model.steps if depth is None else depth.backprop
+    depth, fixed_point = config.training.depth, config.training.fixed_point
+    steps = next((part.backprop for part in (depth, fixed_point) if part is not None), model.steps)
     loop = thinking_in_training(model, shape, config.rule, steps)
     if config.rule.mixes == "losses":  # one readout a step
         loop += steps * readout
@@ -284,7 +288,38 @@ def training_cost(config: Config) -> Cost:
         return Cost(total.forward, steps * priced.heads.backward)
     if depth is not None:
         total += Cost((mean_depth(depth, config.training.steps) - depth.backprop) * priced.step.forward)
+    if fixed_point is not None:
+        assert isinstance(model, Transformer | Recurrent)  # `parts` knows no other
+        total += solution(model, priced.step, fixed_point)
     return total + Cost(0, loop.forward) if model.remat else total
+
+
+def solution(model: Transformer | Recurrent, step: Cost, method: FixedPoint) -> Cost:
+    """Fixed point of a step whose cost is `step`, and the gradient through it, with all iterations that it may take.
+
+    The implicit gradient linearises the step twice at the solution, for the state and for what else it reads, and pulls
+    back to the state alone in each iteration: without the gradients of the weights.
+    """
+    mixing = iteration(model.d_model, method.memory)
+    forward = Cost(step.forward + method.most * (step.forward + mixing))
+    if method.gradient == "truncated":
+        return forward
+    each = step.backward - weight_gradients(model) + mixing + 3 * model.d_model
+    return forward + Cost(0, 2 * step.forward + step.backward + method.most * each)
+
+
+def iteration(size: Number, memory: int) -> Number:
+    """FLOPs a lane of the solver's own arithmetic in one iteration: residual and selection; Anderson's mixing."""
+    return size * (8 + 2 * memory**2 + 9 * memory)
+
+
+def weight_gradients(model: Transformer | Recurrent) -> Number:
+    """FLOPs a lane that a step's backward pass spends on its matrices' gradients."""
+    if isinstance(model, Transformer):
+        sizes, size = Sizes.of(model), model.d_model
+        keys = 2 * sizes.kv_heads * sizes.head_size if model.kv == "depth" else 0
+        return 2 * model.core_layers * size * (2 * model.heads * sizes.head_size + keys + 3 * sizes.mlp_size)
+    return 2 * model.d_model**2 * (3 if model.cell == "gru" else 1)
 
 
 def mean_depth(depth: Depth, training_steps: int) -> float:

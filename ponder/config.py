@@ -13,7 +13,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ponder import sweep
 from ponder.errors import UserError
-from ponder.models.config import ModelConfig, RoutedTransformer, TokenModel, Transformer, layer_counts, meets_stopped
+from ponder.models.config import (
+    ModelConfig,
+    RoutedTransformer,
+    TokenModel,
+    Transformer,
+    TwoState,
+    layer_counts,
+    meets_stopped,
+)
 from ponder.protocols import Measure, Rule, Taught
 from ponder.tasks.task import SPLITS, Task
 
@@ -56,6 +64,22 @@ class Depth:
 
 
 @dataclass(frozen=True)
+class FixedPoint:
+    """Train at the state that the core settles at (Bai et al. 2019): solved for, not stepped to."""
+
+    tolerance: float = 1e-3
+    """Relative residual that every lane must come to."""
+    most: int = 50
+    """Iterations at most, after the first step; of the implicit gradient as many again. The ledger prices them all."""
+    memory: int = 5
+    """Iterations that Anderson's mixing looks back on. 0: none, plain iteration (Picard)."""
+    gradient: Literal["implicit", "truncated"] = "implicit"
+    """implicit: exact, by the implicit function theorem. truncated: through the `backprop` steps and no further."""
+    backprop: int = 1
+    """Steps after the solution that the rule and the loss see. truncated with 1: Jacobian-free (Fung et al. 2022)."""
+
+
+@dataclass(frozen=True)
 class Training:
     batch_size: int = 128
     steps: int = 1000
@@ -67,6 +91,11 @@ class Training:
     updates: Literal["batch", "step"] = "batch"
     """Optimizer updates: one a batch, or one after every thinking step on the same batch, with the state handed on
     without gradient (the deep supervision of HRM and TRM). Schedules and averages then count updates."""
+    fixed_point: FixedPoint | None = None
+    """Solve for the state at which nothing changes any more. At inference `Readout(measure="state_change")` is the same
+    test, a lane at a time, within `model.steps`. None: no."""
+    layer_dropout: float = 0.0
+    """Probability that an example leaves out the last step, rising from 0 at the first (LayerSkip). All are priced."""
     freeze: bool = False
     """Stop halted lanes in training too. Off: they run on, the usual relaxation; the gap is reported."""
 
@@ -219,6 +248,19 @@ def validate(config: Config) -> None:
         *_of_updates(config),
         *_of_start(config),
         *_of_routing(config),
+        *_of_fixed_point(config),
+        (
+            0 <= training.layer_dropout < 1,
+            f"training.layer_dropout is {training.layer_dropout}: at least 0 and below 1",
+        ),
+        (
+            not (training.layer_dropout and training.freeze),
+            "training.layer_dropout and training.freeze exclude each other: a step left out has no keys to keep",
+        ),
+        (
+            not (training.layer_dropout and (training.depth or training.fixed_point)),
+            "training.layer_dropout needs the steps of model.steps: not with training.depth or training.fixed_point",
+        ),
         (
             not (training.freeze and isinstance(config.rule, Taught)),
             f"training.freeze is on, but {type(config.rule).__name__} is taught by steps taken after the stop",
@@ -347,7 +389,8 @@ def _of_updates(config: Config) -> Iterator[tuple[bool, str]]:
     )
     tied = not isinstance(config.model, Transformer) or config.model.tied
     yield tied, "model.tied is False: training.updates=step needs a core that is the same at every step"
-    yield training.depth is None, "training.updates=step and training.depth exclude each other: all steps are updates"
+    for name in ("depth", "fixed_point", "layer_dropout"):
+        yield not getattr(training, name), f"training.updates=step and training.{name} exclude each other: set one"
     yield not training.freeze, "training.updates=step and training.freeze exclude each other: all lanes take all steps"
     yield config.optim.accumulate == 1, "training.updates=step needs optim.accumulate=1: a step's state is of one batch"
 
@@ -381,7 +424,28 @@ def _of_routing(config: Config) -> Iterator[tuple[bool, str]]:
     )
     yield model.halts == "token", f"model.halts is {model.halts}, but {name} chooses token by token: use token"
     yield not config.training.freeze, f"training.freeze is on, but {name} is trained by choices that inference lacks"
-    yield config.training.depth is None, f"training.depth is set, but {name} has a choice for each of its K steps"
+    for part in ("depth", "fixed_point", "layer_dropout"):
+        free = not getattr(config.training, part)
+        yield free, f"training.{part} is set, but {name} has a choice for each of its K steps"
+
+
+def _of_fixed_point(config: Config) -> Iterator[tuple[bool, str]]:
+    method, model, name = config.training.fixed_point, config.model, "training.fixed_point"
+    if method is None:
+        return
+    yield method.tolerance > 0, f"{name}.tolerance is {method.tolerance}: above 0"
+    yield method.most >= 1, f"{name}.most is {method.most}: at least 1"
+    yield method.memory >= 0, f"{name}.memory is {method.memory}: at least 1, or 0 for plain iteration"
+    yield method.backprop >= 1, f"{name}.backprop is {method.backprop}: at least 1"
+    tied = not isinstance(model, Transformer) or model.tied
+    yield tied, "model.tied is False: a fixed point is one of a single core, applied again and again"
+    injects = not isinstance(model, Transformer) or model.inject
+    yield injects, "model.inject is False: where a core settles must depend on what it is given at every step"
+    taught = config.rule.needs & {"halt", "probe", "go"}
+    yield not taught, f"{name} is set, but {type(config.rule).__name__} has a head, which must see step 1 on"
+    yield not config.training.freeze, f"training.freeze and {name} exclude each other: all lanes run to the solution"
+    yield config.training.depth is None, f"training.depth and {name} exclude each other: set one of them"
+    yield not isinstance(model, TwoState), f"{name} is set, and the steps of a TwoState model have no single state"
 
 
 def _impossible(config: Config) -> Iterator[str]:

@@ -44,7 +44,7 @@ def make_train_step(
             trained, thought = carry
             start = Midway(jax.lax.stop_gradient(thought), k)
             gradients, (metrics, thought) = gradient(
-                trained.params, batch, batch, jax.random.fold_in(key, k), start=start
+                trained.params, batch, batch, jax.random.fold_in(key, k), trained.step, start=start
             )
             metrics |= {"gradient_norm": optax.tree.norm(gradients)}
             return (updated(trained, gradients, optimizer, config), thought), metrics

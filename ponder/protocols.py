@@ -92,6 +92,14 @@ class Taught(Rule, Protocol):
 
 
 @runtime_checkable
+class Scheduled(Rule, Protocol):
+    """A rule that changes over the training."""
+
+    def at(self, step: Int[jax.Array, ""]) -> Rule:
+        """The rule as it is at that optimizer step, from 0."""
+
+
+@runtime_checkable
 class Trajectory(Protocol):
     """How the hidden state moves. Owns every parameter, the halting head included; no loop over k, no loss, no rule."""
 
@@ -160,3 +168,4 @@ class Ran(NamedTuple):
     cost: Float[jax.Array, "*n"]
     steps: Int[jax.Array, "*n"]  # executed until the stop
     context: Any
+    solved: Any = None  # how the fixed point was found from which the steps went on (`ponder.engine.anderson.Solved`)

@@ -16,7 +16,7 @@ from ponder.data.batch import Batch
 from ponder.engine import depth
 from ponder.objectives.ponder import Midway, mean_over, ponder_loss, thinking_lanes
 from ponder.optim import heads_alone
-from ponder.protocols import State, Taught
+from ponder.protocols import Scheduled, State, Taught
 
 Parameters = Any  # nested dict of arrays
 Metrics = dict[str, Float[Array, ""]]
@@ -56,7 +56,9 @@ def make_train_step(
 
     `key` is the run's key: the step's own is `fold_in(key, step)`, so a resumed run draws the same numbers. Metrics:
     loss, task_loss and lesson, where the rule has one (nats a target), cost and, of a routed trajectory, auxiliary (a
-    thinking lane), steps (a target), gradient_norm (before clipping).
+    thinking lane), steps (a target), gradient_norm (before clipping). Where a fixed point is solved for, over thinking
+    lanes: iterations, which steps include, the residual that they came to, and the share that is unsettled, with a
+    residual above the tolerance.
     """
     parts = config.optim.accumulate
     gradient = jax.grad(make_loss(graphdef, config), has_aux=True)
@@ -68,12 +70,12 @@ def make_train_step(
             key, depth_key = jax.random.split(key)
             before = depth.draw(config.training.depth, state.step, depth_key)
         if parts == 1:
-            gradients, (metrics, _) = gradient(state.params, batch, batch, key, before)
+            gradients, (metrics, _) = gradient(state.params, batch, batch, key, state.step, before)
         else:
             keys = jax.random.split(key, parts)
 
             def part_of(micro: Batch, micro_key: jax.Array) -> tuple[Any, Metrics]:
-                gradients, (metrics, _) = gradient(state.params, micro, batch, micro_key, before)
+                gradients, (metrics, _) = gradient(state.params, micro, batch, micro_key, state.step, before)
                 return gradients, metrics
 
             def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
@@ -90,32 +92,38 @@ def make_train_step(
 
 
 def make_loss(graphdef: Any, config: Config) -> Callable[..., tuple[jax.Array, tuple[Metrics, State]]]:
-    """`(params, batch, whole, key, before, start) -> (loss, (metrics, state at the stop))`.
+    """`(params, batch, whole, key, step, before, start) -> (loss, (metrics, state at the stop))`.
 
-    The loss is the share of the batch `whole` that its part `batch` brings; the shares add up, gradients too. `before`
-    and `start` as in `ponder_loss`, with one step from a `start`.
+    The loss is the share of the batch `whole` that its part `batch` brings; the shares add up, gradients too. `step` is
+    that of the optimizer, for a rule that changes over the training; `before` and `start` as in `ponder_loss`, with one
+    thinking step from a `start`.
     """
-    rule, model, training = config.rule, config.model, config.training
+    model, training = config.model, config.training
+    # Steps that the rule sees, where there are others before.
+    seen = next((part.backprop for part in (training.depth, training.fixed_point) if part is not None), None)
 
     def loss(
         params: Parameters,
         batch: Batch,
         whole: Batch,
         key: jax.Array,
+        step: Int[Array, ""],
         before: jax.Array | None = None,
         start: Midway | None = None,
     ) -> tuple[jax.Array, tuple[Metrics, State]]:
+        rule = config.rule.at(step) if isinstance(config.rule, Scheduled) else config.rule
         trajectory = nnx.merge(graphdef, heads_alone(params) if config.heads_only else params)
-        steps = None if training.depth is None else training.depth.backprop
         _, outcome = ponder_loss(
             trajectory,
             rule,
             batch,
             key,
             freeze=training.freeze,
-            steps=steps if start is None else 1,
+            steps=seen if start is None else 1,
             before=before,
             start=start,
+            fixed_point=training.fixed_point,
+            layer_dropout=training.layer_dropout,
             unroll=model.unroll,
             remat=model.remat,
         )
@@ -126,13 +134,19 @@ def make_loss(graphdef: Any, config: Config) -> Callable[..., tuple[jax.Array, t
         cost = mean_over(outcome.cost, lanes) * of_lanes
         lesson = mean_over(outcome.lesson, targets) * of_targets
         total = task_loss + lesson + rule.cost_weight * cost
-        steps_taken = mean_over(outcome.steps.astype(jnp.float32), targets) * of_targets
-        told = {"loss": total, "task_loss": task_loss, "cost": cost, "steps": steps_taken}
+        steps = mean_over(outcome.steps.astype(jnp.float32), targets) * of_targets
+        told = {"loss": total, "task_loss": task_loss, "cost": cost, "steps": steps}
         if isinstance(rule, Taught):
             told["lesson"] = lesson
         if outcome.routed is not None:
             told["auxiliary"] = mean_over(outcome.routed.auxiliary, lanes) * of_lanes
             told["loss"] = total = total + told["auxiliary"]
+        if outcome.solved is not None and training.fixed_point is not None:
+            _, residual, iterations = outcome.solved
+            unsettled = (~(residual <= training.fixed_point.tolerance)).astype(jnp.float32)
+            told["steps"] = steps + mean_over(iterations, targets) * of_targets
+            for name, values in (("iterations", iterations), ("residual", residual), ("unsettled", unsettled)):
+                told[name] = mean_over(values, lanes) * of_lanes
         return total, (told, outcome.state)
 
     return loss

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from ponder.engine import together as groups
+from ponder.engine.layer_dropout import skips
 from ponder.errors import UserError
 from ponder.protocols import Carry, Halt, Ran, Rule, Seen, State, Trajectory
 
@@ -56,6 +57,7 @@ def masked(
     observe: Observe | None = None,
     steps: int | None = None,
     before: int | jax.Array = 0,
+    layer_dropout: float = 0.0,
     unroll: bool = True,
     remat: bool = False,
 ) -> Ran:
@@ -73,6 +75,8 @@ def masked(
         so it should reduce to leaves `[*n]`; logits are too large to stack.
       steps: K, by default `trajectory.steps`.
       before: steps that the state has been through already; the trajectory counts on from there, the rule does not.
+      layer_dropout: probability that a row keeps its state at the last step, rising from 0 at the first
+        (`ponder.engine.layer_dropout`). For training alone, and not for frozen lanes.
       unroll: write the steps out in the program (k is a Python int) or scan over them (k is a traced int32 scalar).
       remat: recompute each step in the backward pass instead of keeping its activations.
 
@@ -82,7 +86,7 @@ def masked(
 
     Raises:
       UserError: fewer than one step, or a rule that mixes losses inside another trajectory's step, whose loss would
-        need the joint expectation over both halting times.
+        need the joint expectation over both halting times; or layer dropout under `freeze`.
     """
     steps = trajectory.steps if steps is None else steps
     if steps < 1:
@@ -92,6 +96,8 @@ def masked(
             f"{type(rule).__name__} inside another model's thinking step needs the joint expectation over both halting "
             "times: use a rule that mixes states there"
         )
+    if layer_dropout and freeze:
+        raise UserError("layer dropout is for training with freeze off: a step that is left out has no keys to keep")
     lanes = mask.shape
     mixing = rule.mixes == "states"
 
@@ -105,6 +111,9 @@ def masked(
             )
         finally:
             _inside_a_step.reset(token)
+        if layer_dropout:
+            skip = skips(layer_dropout, k, steps, lanes, jax.random.fold_in(step_key, 1))
+            moved = _select(skip, loop.state, moved)
         state = _select(running, moved, loop.state) if freeze else moved
         seen = trajectory.see(state, context, rule.needs)
         if together is not None:

@@ -8,6 +8,7 @@ from ponder.halting.classifier import Classifier
 from ponder.halting.correctness import Correctness
 from ponder.halting.fixed import Fixed
 from ponder.halting.gate import Gate
+from ponder.halting.layerskip import LayerSkip
 from ponder.halting.pondernet import PonderNet
 from ponder.halting.readout import Readout
 from ponder.halting.supervised import Supervised
@@ -24,6 +25,7 @@ RULES: dict[str, Rule] = {
     "correctness_continue": Correctness(continue_target=True),
     "classifier": Classifier(),
     "gate": Gate(),
+    "layerskip": LayerSkip(),
 }
 
 

@@ -73,7 +73,7 @@ class Supervised:
         self, carry: Memory, seen: Seen, k: Int[jax.Array, "*n"], last: Bool[jax.Array, "*n"], key: jax.Array
     ) -> tuple[Memory, Halt]:
         """A lane that is stopped early takes the shares that are left."""
-        share, left = self._shares(k, carry.steps)
+        share, left = self.shares(k, carry)
         own, decided = self.decide(carry.own, seen, k, key)
         stop = last if self.exit == "last" else last | decided
         halt = Halt(weight=jnp.where(last, left, share), stop=stop, cost=jnp.zeros(k.shape, jnp.float32))
@@ -89,6 +89,14 @@ class Supervised:
         """Memory after step `k`, and whether the lane may stop there."""
         return own, jnp.zeros(k.shape, bool)
 
+    def shares(self, k: Int[jax.Array, "*n"], memory: Memory) -> tuple[Float[jax.Array, "*n"], Float[jax.Array, "*n"]]:
+        """Of step k, and of all from k on; fp32."""
+        place, steps = k.astype(jnp.float32), memory.steps.astype(jnp.float32)
+        if self.emphasis == "even":
+            return 1.0 / steps, (steps - place + 1.0) / steps
+        whole = steps * (steps + 1.0)
+        return 2.0 * place / whole, (whole - (place - 1.0) * place) / whole
+
     def _check_shares(self, *names: str, closed: bool = False) -> None:
         """Raises UserError where one of these fields is not a share: between 0 and 1, or `closed` these, too."""
         for name in names:
@@ -102,16 +110,6 @@ class Supervised:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{name} of {type(self).__name__} is {value}: it must be finite and not negative")
-
-    def _shares(
-        self, k: Int[jax.Array, "*n"], steps: Int[jax.Array, "*n"]
-    ) -> tuple[Float[jax.Array, "*n"], Float[jax.Array, "*n"]]:
-        """Of step k, and of all from k on; fp32."""
-        k, steps = k.astype(jnp.float32), steps.astype(jnp.float32)
-        if self.emphasis == "even":
-            return 1.0 / steps, (steps - k + 1.0) / steps
-        whole = steps * (steps + 1.0)
-        return 2.0 * k / whole, (whole - (k - 1.0) * k) / whole
 
 
 def log_odds(probability: float) -> float:

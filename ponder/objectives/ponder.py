@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from ponder.config import FixedPoint
 from ponder.data.batch import Batch
 from ponder.engine import depth
 from ponder.engine import together as groups
+from ponder.engine.anderson import Solved
+from ponder.engine.fixed_point import settle
 from ponder.engine.masked import Moment, masked
 from ponder.objectives.language import correct, cross_entropy
 from ponder.protocols import Path, Ran, Routed, Routing, Rule, State, Taught, Trajectory
@@ -29,6 +32,7 @@ class Outcome(NamedTuple):
     lesson: Float[jax.Array, "*n"]  # fp32 nats: what the heads are taught (`protocols.Taught`), mean over steps; else 0
     state: State  # at the stop; lanes that do not think have not moved
     routed: Routed | None = None  # what came of the choice, where the trajectory is one of `protocols.Routing`
+    solved: Solved | None = None  # the fixed point from which the steps went on, where one was solved for
 
 
 class Midway(NamedTuple):
@@ -75,6 +79,8 @@ def ponder_loss(
     steps: int | None = None,
     before: jax.Array | None = None,
     start: Midway | None = None,
+    fixed_point: FixedPoint | None = None,
+    layer_dropout: float = 0.0,
     unroll: bool = True,
     remat: bool = False,
 ) -> tuple[Float[jax.Array, ""], Outcome]:
@@ -90,15 +96,18 @@ def ponder_loss(
     (ACT: the mixed one) is read out once.
 
     Args:
-      freeze, steps, unroll, remat: as in `ponder.engine.masked.masked`.
+      freeze, steps, layer_dropout, unroll, remat: as in `ponder.engine.masked.masked`.
       before: int32 scalar, steps to run first without gradient (`ponder.engine.depth`). None: none.
       start: the state to begin with, in place of the trajectory's own. The rule begins anew.
+      fixed_point: solve for it first, and step on from there (`ponder.engine.fixed_point`). None: from the start.
     """
     options: dict[str, Any] = {
         "freeze": freeze,
         "steps": steps,
         "before": before,
         "start": start,
+        "fixed_point": fixed_point,
+        "layer_dropout": layer_dropout,
         "unroll": unroll,
         "remat": remat,
     }
@@ -129,6 +138,7 @@ def ponder_loss(
             p_halt=ran.weight,
             lesson=lesson,
             state=ran.state,
+            solved=ran.solved,
         )
     loss = mean_over(outcome.task_loss + outcome.lesson, batch.weights)
     loss = loss + rule.cost_weight * mean_over(outcome.cost, outcome.thinks)
@@ -163,6 +173,7 @@ def run(
     *,
     before: jax.Array | None = None,
     start: Midway | None = None,
+    fixed_point: FixedPoint | None = None,
     observe: Any = None,
     **options: Any,
 ) -> Ran:
@@ -178,9 +189,15 @@ def run(
         still = jax.lax.stop_gradient(trajectory)
         state = depth.warm_up(still, x, state, jax.lax.stop_gradient(context), before, before_key)
         options["before"] = before
-    return masked(
+    solved = None
+    if fixed_point is not None:
+        think_key, settle_key = jax.random.split(think_key)
+        solved = settle(trajectory, x, state, context, mask, fixed_point, settle_key)
+        state, options["before"] = solved.state, 1  # at least; from the second on the steps are the same
+    ran = masked(
         trajectory, rule, x, state, context, think_key, mask=mask, together=together, observe=observe, **options
     )
+    return ran._replace(solved=solved)
 
 
 def _path(
@@ -210,4 +227,5 @@ def _read_out(trajectory: Trajectory, ran: Ran, batch: Batch) -> Outcome:
         lesson=jnp.zeros_like(loss),
         state=ran.state,
         routed=routed,
+        solved=ran.solved,
     )
