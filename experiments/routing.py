@@ -53,11 +53,11 @@ def of_arm(arm: str, seed: int, smoke: bool) -> Config:
         model=models[arm],
         rule=Fixed(),
         optim=Optim(lr=5e-3, warmup_steps=100, weight_decay=0.2, ema_decay=0.98),
-        training=Training(batch_size=8 if smoke else 16, steps=40 if smoke else 800),
+        training=Training(batch_size=8 if smoke else 16, steps=40 if smoke else 450),
         evaluation=Evaluation(
-            every_steps=20 if smoke else 400, rows=16 if smoke else 256, batch_size=16 if smoke else 64
+            every_steps=20 if smoke else 300, rows=16 if smoke else 256, batch_size=16 if smoke else 64
         ),
-        checkpoint=Checkpointing(every_steps=20 if smoke else 400),
+        checkpoint=Checkpointing(every_steps=20 if smoke else 300),
         logging=Logging(every_steps=10 if smoke else 50),
         seed=seed,
     )

@@ -262,6 +262,11 @@ def validate(config: Config) -> None:
             "training.layer_dropout needs the steps of model.steps: not with training.depth or training.fixed_point",
         ),
         (
+            config.rule.mixes == "losses" or not isinstance(config.rule, Taught),
+            f"{type(config.rule).__name__} mixes {config.rule.mixes}, but has a lesson, which needs the answer of every "
+            "step: it must mix losses",
+        ),
+        (
             not (training.freeze and isinstance(config.rule, Taught)),
             f"training.freeze is on, but {type(config.rule).__name__} is taught by steps taken after the stop",
         ),

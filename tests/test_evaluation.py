@@ -72,7 +72,7 @@ def test_rows_do_not_depend_on_how_the_split_is_batched(made, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kv", ["first", "depth"])
-def test_sums_by_brute_force(kv, tmp_path) -> None:
+def test_pitfall_34_steps_are_those_of_targets_by_brute_force(kv, tmp_path) -> None:
     """Lane by lane out of `predict` and `ponder_loss`, which other tests hold to float64."""
     config = tiny.config(model__kv=kv, model__steps=3)
     run = compile_program(config, sharding.make_mesh(config.mesh))

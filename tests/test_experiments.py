@@ -21,7 +21,7 @@ from ponder.serialization import from_json, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
-NEEDS_DATA = {"shakespeare", "babi"}
+NEEDS_DATA = {"shakespeare", "babi", "routing"}
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

@@ -84,7 +84,7 @@ def images(grid: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("task", [SQUARE, OBLONG, LARGE])
-def test_rows_are_mazes_with_one_shortest_path_that_filling_does_not_show(task: Maze) -> None:
+def test_pitfall_44_filling_dead_ends_does_not_show_the_path(task: Maze) -> None:
     for split in task.splits:
         rows = drawn(task, split)
         check(rows, task, split)

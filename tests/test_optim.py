@@ -29,7 +29,7 @@ def test_decay_steps_override_the_total() -> None:
     assert float(schedule(optim, 1000)(5)) == pytest.approx(0.5)
 
 
-def test_only_matrices_decay_whatever_their_stacking() -> None:
+def test_pitfall_23_only_matrices_decay_whatever_their_stacking() -> None:
     axes = {
         "matrix": ("embed", "mlp"),
         "stacked_matrix": ("layers", "embed", "mlp"),

@@ -49,7 +49,7 @@ def test_a_task_keeps_its_word(task: Task) -> None:
 
 
 @pytest.mark.parametrize("task", [SMALL_PARITY, SMALL_ADDITION, *STEPS])
-def test_rows_are_the_same_every_time(task: Task) -> None:
+def test_pitfall_25_rows_are_the_same_every_time(task: Task) -> None:
     for first, second in zip(task.rows("train"), task.rows("train"), strict=True):
         for a, b in zip(first, second, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -89,7 +89,7 @@ def test_parity_labels_by_brute_force() -> None:
             assert difficulty == sum(value != 0 for value in values)
 
 
-def test_parity_draws_the_papers_distribution() -> None:
+def test_pitfall_43_parity_draws_the_papers_distribution() -> None:
     n, count = 10, 40_000
     vectors = draw(np.random.default_rng(0), count, n, 1, n)
     tolerance = 5 * np.sqrt(count / n)

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import drive, driven, numerical_gradient, sigmoid
 from toys import Attending, batch_of, parameters, single
 
+from ponder.config import validate
 from ponder.errors import UserError
 from ponder.halting.classifier import Classifier
 from ponder.halting.correctness import Correctness
@@ -218,3 +220,11 @@ def test_the_lesson_is_in_the_loss() -> None:
 def test_bad_settings(make: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
         make()
+
+
+def test_a_lesson_needs_the_answer_of_every_step() -> None:
+    class Mixing(Correctness):
+        mixes = "states"
+
+    with pytest.raises(UserError, match="Mixing mixes states, but has a lesson, which needs the answer of every step"):
+        validate(tiny.config(rule=Mixing()))

@@ -67,7 +67,7 @@ def test_a_walk_foretells_frozen_inference(trained: Any, rule: Readout) -> None:
     assert recorded.flops(stops, rule) == pytest.approx((row["useful_flops"], row["spent_flops"]), rel=1e-6)
 
 
-def test_rows_of_every_exit(trained: Any) -> None:
+def test_pitfall_24_rows_of_every_exit_and_depth(trained: Any) -> None:
     run, params, held_out = prepared(trained)
     recorded = walks.Walker(run, held_out).record(params, "test", steps=8)
     found = walks.rows(recorded, depths=(6,))
