@@ -263,8 +263,8 @@ def validate(config: Config) -> None:
         ),
         (
             config.rule.mixes == "losses" or not isinstance(config.rule, Taught),
-            f"{type(config.rule).__name__} mixes {config.rule.mixes}, but has a lesson, which needs the answer of every "
-            "step: it must mix losses",
+            f"{type(config.rule).__name__} mixes {config.rule.mixes}, but has a lesson, which needs the answer of "
+            "every step: it must mix losses",
         ),
         (
             not (training.freeze and isinstance(config.rule, Taught)),
