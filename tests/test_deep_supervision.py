@@ -87,20 +87,19 @@ def test_updates_are_those_of_one_step_losses_with_the_state_handed_on() -> None
 
 def test_a_run_learns_and_its_schedule_counts_updates(tmp_path: Any) -> None:
     made = config(
-        task=Sudoku(size=4, spare=4, train_rows=512, evaluation_rows=64),
+        task=Sudoku(size=4, spare=4, train_rows=64, evaluation_rows=16),
         model=MODEL,
-        training__steps=30,
+        training__steps=20,
         logging__every_steps=10,
-        evaluation__walk=True,
         optim__lr=1e-2,
     )
     seen: list[Any] = []
     result = ponder.train(made, tmp_path / "w", cache_dir=str(tmp_path / "cache"), callbacks=[seen.append])
     losses = [row["task_loss"] for row in seen if row["kind"] == "train"]
     assert losses[-1] < losses[0]
-    rate = schedule(made.optim, 90)
+    rate = schedule(made.optim, 60)
     assert next(row for row in seen if row["kind"] == "train")["learning_rate"] == pytest.approx(float(rate(0)))
-    assert {row["exit"] for row in result.results[0]["evaluations"]} >= {"threshold", "last", "oracle"}
+    assert {row["exit"] for row in result.results[0]["evaluations"]} >= {"threshold", "last"}
 
 
 def test_the_ledger_counts_every_update_from_the_embedding_on() -> None:

@@ -29,8 +29,8 @@ MODELS = {
 }
 
 
-def trained(updates: str, steps: int) -> Any:
-    model = dataclasses.replace(MODELS["two_state"], steps=steps)
+def trained(updates: str) -> Any:
+    model = dataclasses.replace(MODELS["two_state"], steps=1)
     made = tiny.config(model=model, rule=Supervised(), training__updates=updates, optim__warmup_steps=0)
     program = compile_program(made, sharding.make_mesh(made.mesh))
     return program.train_step(program.initial_state(), BATCH)
@@ -39,11 +39,10 @@ def trained(updates: str, steps: int) -> Any:
 def test_pitfall_19_every_row_takes_every_step_and_weighs_the_same() -> None:
     """No row is drawn in vain and none learned the more, the harder it is: all are in each of K updates, whose losses
     are means over the batch. So a single step is an ordinary update."""
-    (one, measured), (other, ordinary) = trained("step", 1), trained("batch", 1)
+    (one, measured), (other, ordinary) = trained("step"), trained("batch")
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     assert float(measured["loss"]) == pytest.approx(float(ordinary["loss"]), rel=1e-6)
-    assert float(trained("step", 3)[1]["steps"]) == 3.0
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -18,12 +18,12 @@ from ponder.models import build, table
 from ponder.models.config import TwoState
 from ponder.models.sizes import check
 
-TINY = TwoState(steps=2, d_model=12, heads=3, core_layers=1, cycles=3, updates=2, unroll=True)
+TINY = TwoState(steps=2, d_model=12, heads=3, core_layers=1, cycles=2, updates=2, unroll=True)
 CASES = {
     "trm": TINY,
     "hrm": replace(TINY, separate=True, gradient="last"),
-    "scanned": replace(TINY, unroll=False, core_layers=2, cycles=2, updates=1, separate=True),
-    "through": replace(TINY, cycles=1, detach=False),
+    "scanned": replace(TINY, unroll=False, core_layers=2, cycles=3, updates=1, separate=True),
+    "through": replace(TINY, cycles=1, updates=1, detach=False),
 }
 ARRAYS = (jnp.asarray(IDS), jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS))
 
