@@ -15,6 +15,7 @@ from tiny import as_users_run  # noqa: F401
 
 import ponder
 from ponder import ablate, cli, compute, writers
+from ponder.config import Config
 from ponder.errors import UserError
 from ponder.halting import RULES
 from ponder.serialization import from_json, to_json
@@ -122,13 +123,24 @@ def test_smoke_run(path: Path, request, tmp_path, monkeypatch) -> None:
         monkeypatch.setenv("PONDER_DATA", str(request.getfixturevalue("data_dir")))
     config = cli.Experiment.load(f"{path}:smoke").config()
     assert compute.resolve(config).training.steps <= 200
-    few = dataclasses.replace(
+    [result] = ponder.train(two_steps(config), tmp_path / "w").results
+    assert all(math.isfinite(row["loss"]) for row in result["evaluations"])
+
+
+def two_steps(config: Config) -> Config:
+    """Of it, and of a run that goes before, with little to compile: the walk has tests of its own."""
+    start = config.start
+    if start is not None and start.run is not None:
+        start = dataclasses.replace(start, run=two_steps(start.run))
+    evaluation = dataclasses.replace(
+        config.evaluation, splits=("validation",), rows=16, walk=False, readouts=(), depths=()
+    )
+    return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, unroll=False),  # compiles faster
+        model=dataclasses.replace(config.model, unroll=False),
         training=dataclasses.replace(config.training, steps=2, flops=None),
         optim=dataclasses.replace(config.optim, warmup_steps=1),
-        evaluation=dataclasses.replace(config.evaluation, splits=("validation",), rows=16),
+        evaluation=evaluation,
         mesh=tiny.CONFIG.mesh,
+        start=start,
     )
-    [result] = ponder.train(few, tmp_path / "w").results
-    assert all(math.isfinite(row["loss"]) for row in result["evaluations"])
