@@ -66,8 +66,8 @@ RULES = {
     **dict.fromkeys(("random_depth", "curriculum", "fixed_point"), Fixed()),
 }
 TRAINING = {
-    "random_depth": {"depth": Depth(mean=STEPS, backprop=2, most=3 * STEPS)},
-    "curriculum": {"depth": Depth(mean=STEPS, backprop=2, most=3 * STEPS, curriculum_steps=600)},
+    "random_depth": {"depth": Depth(mean=float(STEPS), backprop=2, most=3 * STEPS)},
+    "curriculum": {"depth": Depth(mean=float(STEPS), backprop=2, most=3 * STEPS, curriculum_steps=600)},
     "fixed_point": {"fixed_point": FixedPoint(tolerance=1e-2, most=12)},
     "layerskip": {"layer_dropout": 0.1},
 }
