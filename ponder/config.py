@@ -290,6 +290,11 @@ def validate(config: Config) -> None:
             not (config.task.predicts_next and isinstance(model, TokenModel)) or model.causal,
             f"model.causal is False, but {type(config.task).__name__} asks each token for the next, which it would see",
         ),
+        (
+            not (config.task.predicts_next and getattr(model, "halts", "") == "example" and config.rule.needs),
+            f"model.halts is example, but {type(config.task).__name__} asks each token for the next: when all of them "
+            "stop would tell of later ones, which generation does not have yet; use token",
+        ),
         (config.seed >= 0, f"seed is {config.seed}: at least 0"),
         (config.seeds >= 1, f"seeds is {config.seeds}: at least 1"),
         *(
@@ -331,11 +336,13 @@ def validate(config: Config) -> None:
 def check_origin(config: Config, earlier: Config) -> None:
     """Raises UserError where a run cannot start from a run of `earlier`, as far as that shows without parameters."""
     model, origin, cut = config.model, earlier.model, config.start and config.start.cut
+    if earlier.sweep:
+        raise UserError(f"start: the earlier run is a sweep of {len(earlier.sweep)} settings: start from one by itself")
     if type(model) is not type(origin):
         raise UserError(f"start: a {type(model).__name__} cannot start from a {type(origin).__name__}")
+    if cut is not None and (not isinstance(model, Transformer) or isinstance(model, RoutedTransformer)):
+        raise UserError(f"start.cut names layers of a Transformer, and this is a {type(model).__name__}: leave it out")
     if not (isinstance(model, Transformer) and isinstance(origin, Transformer)):
-        if cut is not None:
-            raise UserError(f"start.cut names layers, and a {type(model).__name__} has none: leave it out")
         return
     own, theirs = layer_counts(model), layer_counts(origin)
     if cut is None:
@@ -378,9 +385,18 @@ def _of_depth(config: Config) -> Iterator[tuple[bool, str]]:
     yield depth.curriculum_steps >= 0, f"training.depth.curriculum_steps is {depth.curriculum_steps}: at least 0"
     tied = not isinstance(config.model, Transformer) or config.model.tied
     yield tied, "model.tied is False: random depth needs a core that can run any number of times"
+    yield (
+        _injects(config),
+        "model.inject is False: under training.depth no gradient would come before the core",
+    )
     taught = config.rule.needs & {"halt", "probe", "go"}
     yield not taught, f"training.depth is set, but {type(config.rule).__name__} has a head, which must see step 1 on"
     yield not config.training.freeze, "training.freeze and training.depth exclude each other: all lanes run r steps"
+
+
+def _injects(config: Config) -> bool:
+    """Whether every step is given the input: where states are handed on without gradient, its only way to learn."""
+    return not isinstance(config.model, Transformer) or config.model.inject
 
 
 def _of_updates(config: Config) -> Iterator[tuple[bool, str]]:
@@ -394,6 +410,7 @@ def _of_updates(config: Config) -> Iterator[tuple[bool, str]]:
     )
     tied = not isinstance(config.model, Transformer) or config.model.tied
     yield tied, "model.tied is False: training.updates=step needs a core that is the same at every step"
+    yield _injects(config), "model.inject is False: by training.updates=step no gradient would come before the core"
     for name in ("depth", "fixed_point", "layer_dropout"):
         yield not getattr(training, name), f"training.updates=step and training.{name} exclude each other: set one"
     yield not training.freeze, "training.updates=step and training.freeze exclude each other: all lanes take all steps"
@@ -444,8 +461,7 @@ def _of_fixed_point(config: Config) -> Iterator[tuple[bool, str]]:
     yield method.backprop >= 1, f"{name}.backprop is {method.backprop}: at least 1"
     tied = not isinstance(model, Transformer) or model.tied
     yield tied, "model.tied is False: a fixed point is one of a single core, applied again and again"
-    injects = not isinstance(model, Transformer) or model.inject
-    yield injects, "model.inject is False: where a core settles must depend on what it is given at every step"
+    yield _injects(config), "model.inject is False: where a core settles must depend on what it is given at every step"
     taught = config.rule.needs & {"halt", "probe", "go"}
     yield not taught, f"{name} is set, but {type(config.rule).__name__} has a head, which must see step 1 on"
     yield not config.training.freeze, f"training.freeze and {name} exclude each other: all lanes run to the solution"

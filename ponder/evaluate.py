@@ -117,6 +117,8 @@ def evaluate(
         )
     if resplits < 0 or (resplits and risk is None):
         raise UserError(f"--resplits is {resplits}: at least 0, and with --risk, whose promise it tries")
+    if resplits and split in ("validation", "calibration"):
+        raise UserError(f"--resplits with --split={split}: what chose the thresholds cannot try them, use test")
     if risk is not None and meets_stopped(config.model):
         raise UserError(
             "--risk needs tokens that do not see each other's steps, or stop together: of this model a walk is no "
@@ -140,7 +142,8 @@ def evaluate(
         validation = walker.record(params, "validation").walked
         calibration = walker.record(params, "calibration").walked
         wanted = [name for name in get_args(Measure) if not rule or name in rule]
-        kept = (_at_risk(recorded, validation, calibration, name, risk, resplits) for name in wanted)
+        short = recorded.upto(config.model.steps)  # the risk is of stopping before the trained depth
+        kept = (_at_risk(short, validation, calibration, name, risk, resplits) for name in wanted)
         told += [row for row in kept if row is not None]
     about = {"split": split, "arm": config.name, "seed": config.seed, "trained_steps": config.model.steps}
     summary = {"frontier": "summary", **walks.summary(found, recorded)}

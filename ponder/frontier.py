@@ -25,7 +25,7 @@ class Walked:
 
     loss: np.ndarray
     correct: np.ndarray
-    agrees: np.ndarray
+    answer: np.ndarray  # the likeliest class
     confidence: np.ndarray
     unrest: dict[str, np.ndarray]
     halt: np.ndarray | None
@@ -41,6 +41,11 @@ class Walked:
     def steps(self) -> int:
         """K."""
         return len(self.loss)
+
+    @property
+    def agrees(self) -> np.ndarray:
+        """[K, N]: the answer is that of step K."""
+        return self.answer == self.answer[-1]
 
     @functools.cached_property
     def asked(self) -> int:
@@ -58,9 +63,8 @@ class Walked:
         return decided.argmax(axis=0) + 1
 
     def upto(self, steps: int) -> Walked:
-        """The first steps of the walk; `agrees` still speaks of the whole walk's last answer."""
-
-        by_step = ("loss", "correct", "agrees", "confidence", "halt", "go", "norm")
+        """The first steps of the walk."""
+        by_step = ("loss", "correct", "answer", "confidence", "halt", "go", "norm")
         cut = {name: values[:steps] for name in by_step if (values := getattr(self, name)) is not None}
         return replace(self, **cut, unrest={name: values[:steps] for name, values in self.unrest.items()})
 

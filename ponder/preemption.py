@@ -53,6 +53,9 @@ class Preemption:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
         self._restore()
+        if isinstance(outer := getattr(self._before, "__self__", None), Preemption):
+            outer._on_signal(number, frame)  # of a run that waits for this one: it leaves as well, should this one end
+            return
         log.warning("SIGTERM: saving a checkpoint, then leaving; a second one kills at once")
 
     def _restore(self) -> None:

@@ -97,7 +97,7 @@ def check(config: Any, validate: Callable[[Any], None]) -> None:
 
 def alike(one: Any, other: Any) -> bool:
     """Whether two configurations can be members of one sweep, seeds and names aside."""
-    if fields(one) != fields(other):
+    if fields(one) != fields(other) or one.start is not None:  # a sweep begins afresh
         return False
     theirs = {name: value_of(other, name) for name in fields(other)}
     return dataclasses.replace(alone(one, theirs), seed=other.seed, name=other.name) == other

@@ -119,6 +119,7 @@ def test_the_ledger_counts_every_update_from_the_embedding_on() -> None:
             "Correctness does not judge each step by itself",
         ),
         ({"optim__accumulate": 2}, "needs optim.accumulate=1"),
+        ({"model": dataclasses.replace(tiny.CONFIG.model, inject=False)}, "no gradient would come before the core"),
         ({"model": dataclasses.replace(tiny.CONFIG.model, tied=False)}, "needs a core that is the same at every step"),
     ],
 )

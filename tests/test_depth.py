@@ -121,6 +121,7 @@ def test_a_run_of_random_depth(tmp_path: Any) -> None:
         ({"training__depth": Depth(mean=0.5)}, "training.depth.mean is 0.5: at least 1"),
         ({"training__depth": Depth(most=2)}, "training.depth.most is 2: at least backprop, 4"),
         ({"training__depth": Depth(), "model": dataclasses.replace(MODEL, tied=False)}, "model.tied is False"),
+        ({"training__depth": Depth(), "model": dataclasses.replace(MODEL, inject=False)}, "model.inject is False"),
     ],
 )
 def test_bad_settings(changes: Any, says: str, tmp_path: Any) -> None:

@@ -47,6 +47,9 @@ def test_rows_table_and_file(workdir: Path, monkeypatch: Any, capsys: Any, tmp_p
     at_risk = [row for row in rows if "at risk 0.3" in row["frontier"]]
     assert at_risk and all(0 <= row["broken"] <= 1 for row in at_risk)
     assert all(row["resplits"] == 20 and 0 <= row["kept"] <= 1 for row in at_risk)
+    # What was calibrated is stopping before the trained depth, however deep one looks.
+    shallow = main.evaluate(workdir / "w", risk=0.3, resplits=20, cache_dir=str(workdir / "cache"))
+    assert at_risk == [row for row in shallow if "at risk 0.3" in row["frontier"]]
     assert {"head", "oracle", "kl"} <= {row["frontier"] for row in rows}
 
 
@@ -63,6 +66,7 @@ def test_chosen_exits_and_the_usual_place(workdir: Path, monkeypatch: Any) -> No
         (["--split=tset"], "Addition has no split 'tset'; nearest: test"),
         (["--depths=0"], "0 thinking steps"),
         (["--risk=1.5"], "the risk level is 1.5"),
+        (["--resplits=20", "--risk=0.1", "--split=calibration"], "what chose the thresholds cannot try them"),
         (["--resplits=20"], "--resplits is 20: at least 0, and with --risk"),
         (["--workdir=nowhere"], "nowhere"),
     ],

@@ -14,7 +14,7 @@ import tiny
 from tiny import as_users_run  # noqa: F401
 
 import ponder
-from ponder import ablate, cli, compute, writers
+from ponder import ablate, cli, compute, deep_supervision, writers
 from ponder.config import Config
 from ponder.errors import UserError
 from ponder.halting import RULES
@@ -36,6 +36,9 @@ def test_every_arm_resolves_and_trains_for_equal_flops(path: Path) -> None:
         assert from_json(to_json(config)) == config
         assert experiment.config(arm=arm, smoke=True).training.flops < config.training.flops
         spent.append(compute.training_flops(config))
+        updates = config.training.steps * deep_supervision.updates_per_batch(config)
+        left = 0.0 if config.optim.ema_decay is None else config.optim.ema_decay**updates
+        assert left < 0.05, f"{arm}: a share of {left:.2f} of what is evaluated is the parameters that it began with"
     assert max(spent) / min(spent) < 1.02
 
 

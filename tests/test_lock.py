@@ -152,6 +152,22 @@ def test_sigterm_sets_a_flag_once() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def test_sigterm_to_a_run_inside_another_reaches_both() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    kills: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: kills.append(number))
+    try:
+        with Preemption() as outer:
+            with Preemption() as inner:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert inner.reached(1)
+            assert outer.reached(1), "the inner one may have ended, too late to leave"
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert kills == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_other_threads_change_no_handler() -> None:
     before = signal.getsignal(signal.SIGTERM)
     seen = []

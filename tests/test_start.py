@@ -29,7 +29,7 @@ from ponder.halting.act import Act
 from ponder.halting.fixed import Fixed
 from ponder.halting.gate import Gate
 from ponder.halting.pondernet import PonderNet
-from ponder.models.config import Recurrent, Transformer
+from ponder.models.config import MixtureOfDepths, Recurrent, Transformer
 from ponder.objectives.ponder import ponder_loss
 from ponder.step import TrainState
 from ponder.tasks.chains import Chains
@@ -372,6 +372,9 @@ BAD = {
     "start: a Transformer cannot start from a Recurrent": Start(
         run=Config(task=Parity(n=4), model=Recurrent(), rule=Fixed())
     ),
+    "start: the earlier run is a sweep of 2 settings": Start(
+        run=dataclasses.replace(ORIGINAL, sweep=("optim.lr=0.1", "optim.lr=0.2")), cut=CUT
+    ),
     "there/config.json: name a workdir": Start(workdir="nowhere/there"),
 }
 
@@ -397,6 +400,9 @@ def test_a_run_that_has_not_ended_or_does_not_fit_is_refused(whole, tmp_path: Pa
         start.origin(wider, tmp_path)
     with pytest.raises(UserError, match=r"start: embedding is \(\d+, 16\) in the earlier model and \(\d+, 16\)"):
         start.origin(retrofit(task=Chains()), tmp_path)
+    routed = tiny.config(model=MixtureOfDepths(steps=2, d_model=16, heads=2), rule=Fixed())
+    with pytest.raises(UserError, match=r"start\.cut names layers of a Transformer, and this is a MixtureOfDepths"):
+        validate(dataclasses.replace(routed, start=Start(run=routed, cut=Cut(core=(1, 0)))))
     with pytest.raises(UserError, match="leave it out"):
         validate(
             Config(

@@ -16,7 +16,7 @@ from tiny import as_users_run  # noqa: F401
 
 import ponder
 from ponder import ablate, cli, compute, program, records, sharding, sweep
-from ponder.config import Checkpointing, Config, Evaluation, Logging, Mesh, Optim, Training, validate
+from ponder.config import Checkpointing, Config, Evaluation, Logging, Mesh, Optim, Start, Training, validate
 from ponder.data import feed
 from ponder.errors import UserError
 from ponder.halting import RULES, scalar
@@ -215,6 +215,14 @@ def test_arms_that_differ_by_more_and_seeds_that_are_done_run_apart(tmp_path: Pa
     assert "--vmap_sweep" in ablate.command_line(experiment, options)
     with pytest.raises(UserError, match=r"leave --config\.sweep out, and give --vmap_sweep"):
         ablate.plan(dataclasses.replace(experiment, overrides={"sweep": ["rule.beta=1"]}), options)
+
+
+def test_arms_that_start_from_another_run_are_no_settings_of_a_sweep() -> None:
+    first = config(PonderNet(prior=0.6))
+    slow, fast = (dataclasses.replace(first, optim=Optim(lr=lr)) for lr in (0.1, 0.2))
+    assert sweep.alike(slow, fast)
+    slow, fast = (dataclasses.replace(each, start=Start(run=first)) for each in (slow, fast))
+    assert not sweep.alike(slow, fast)  # the run would be refused
 
 
 def test_a_sweep_ends_in_the_rows_of_its_arms_and_goes_on_where_it_was_cut(tmp_path: Path, cache: Path) -> None:

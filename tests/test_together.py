@@ -16,13 +16,18 @@ from toys import Scripted, Tanh, batch_of, parameters, single
 
 import ponder
 from ponder import evaluation, frontier, program, sharding, walks
+from ponder.config import validate
 from ponder.engine import together as groups
 from ponder.engine.masked import masked
+from ponder.errors import UserError
 from ponder.halting.act import Act
 from ponder.halting.correctness import Correctness
+from ponder.halting.fixed import Fixed
 from ponder.halting.pondernet import PonderNet
 from ponder.halting.readout import Readout
+from ponder.models import build
 from ponder.objectives.ponder import ponder_loss
+from ponder.tasks.sudoku import Sudoku
 
 # Two packed examples and padding; a whole row.
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
@@ -101,12 +106,30 @@ def test_heads_are_taught_the_whole_answer() -> None:
     np.testing.assert_allclose(outcome.task_loss, by_lane.task_loss, rtol=1e-6)
 
 
+def test_tokens_that_are_asked_for_the_next_may_not_halt_together() -> None:
+    """A later token would decide how long an earlier one thinks."""
+    model = dataclasses.replace(tiny.CONFIG.model, steps=4, halts="example", causal=True)
+    config = tiny.config(model=model, rule=PonderNet())
+    with pytest.raises(UserError, match=r"model\.halts is example, but Addition asks each token for the next"):
+        validate(config)
+    validate(tiny.config(model=model, rule=Fixed()))  # all run all steps, always
+    batch = jax.tree.map(jnp.asarray, tiny.batch(config, rows=2))
+    batch = batch._replace(segments=jnp.ones_like(batch.segments))
+    built: Any = build(model, config.task.shape, jax.random.key(0))
+    changed = batch._replace(
+        inputs=batch.inputs.at[:, -1].set((batch.inputs[:, -1] + 1) % config.task.shape.vocabulary)
+    )
+    found = [ponder_loss(built, PonderNet(), each, jax.random.key(0), freeze=True)[1] for each in (batch, changed)]
+    assert float(jnp.abs(found[0].p_halt - found[1].p_halt)[:, :, 0].max()) > 1e-6
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Keys of every depth, a coda, and packed rows: one by one, stopped tokens would change what others see."""
+    """Keys of every depth, and a coda: one by one, stopped tokens would change what others see."""
     folder = tmp_path_factory.mktemp("together")
-    model = dataclasses.replace(tiny.CONFIG.model, steps=4, halts="example", coda_layers=1, causal=True)
-    config = tiny.config(model=model, rule=Correctness(), training__steps=12, evaluation__walk=True)
+    model = dataclasses.replace(tiny.CONFIG.model, steps=4, halts="example", coda_layers=1, causal=False)
+    task = Sudoku(size=4, spare=4, train_rows=256, evaluation_rows=64)
+    config = tiny.config(task=task, model=model, rule=Correctness(), training__steps=12, evaluation__walk=True)
     return config, ponder.train(config, folder / "w", cache_dir=str(folder / "cache")), str(folder / "cache")
 
 

@@ -155,7 +155,7 @@ def walked(correct: Any, question: Any, difficulty: Any = None, target: Any = No
     lanes = correct.shape[1]
     values: dict[str, Any] = {
         "loss": 1.0 - correct,
-        "agrees": correct == correct[-1],
+        "answer": correct.astype(int),
         "confidence": np.full(correct.shape, 0.5),
         "unrest": {},
         "halt": None,
@@ -222,8 +222,8 @@ def test_reliability_by_hand() -> None:
     halt = np.log(np.array([[0.15, 0.95, 0.5], [0.85, 0.15, 0.5]]))
     halt = halt - np.log1p(-np.exp(halt))
     sure = np.array([[0.55, 0.95, 0.5], [0.85, 0.75, 0.5]])
-    agrees = np.array([[False, True, True], [True, True, True]])
-    one = walked(correct, [0, 1, 2], halt=halt, confidence=sure, agrees=agrees, target=[True, True, False])
+    answer = np.array([[3, 5, 1], [2, 5, 1]])
+    one = walked(correct, [0, 1, 2], halt=halt, confidence=sure, answer=answer, target=[True, True, False])
 
     def bins(found: Any) -> Any:
         return [(round(row["probability"], 9), row["frequency"], row["lanes"]) for row in found]
@@ -239,6 +239,12 @@ def test_reliability_by_hand() -> None:
     whole = dataclasses.replace(one, question=np.array([0, 0, 1]), together=True)  # the first two are one answer
     found = walks.reliability(whole, Correctness(), None)
     assert bins(found["head"]) == [(0.15, 0.5, 2), (0.85, 1.0, 1), (0.95, 0.0, 1)]
+
+
+def test_the_first_steps_of_a_walk_agree_with_their_own_last_one() -> None:
+    one = walked([[0], [1], [0]], [0], answer=np.array([[4], [4], [7]]))
+    assert one.agrees.ravel().tolist() == [False, False, True]
+    assert one.upto(2).agrees.ravel().tolist() == [True, True]
 
 
 def test_a_run_keeps_six_digits() -> None:

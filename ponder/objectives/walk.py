@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from ponder.data.batch import Batch
 from ponder.engine import together as groups
@@ -22,7 +22,7 @@ class Walk(NamedTuple):
 
     loss: Float[jax.Array, "K *n"]  # nats
     correct: Bool[jax.Array, "K *n"]
-    agrees: Bool[jax.Array, "K *n"]  # the answer is the last step's
+    answer: Int[jax.Array, "K *n"]  # int32, the likeliest class
     confidence: Float[jax.Array, "K *n"]  # probability of the likeliest class
     unrest: dict[str, Float[jax.Array, "K *n"]]  # by measure, see `ponder.halting.measures`
     halt: Float[jax.Array, "K *n"] | None  # logits of the heads, where the walk reads them
@@ -67,4 +67,4 @@ def walk(
     loss, answer, confidence, unrest, halt, go, norm = ran.observed
     if (group := halting_groups(trajectory, batch)) is not None:
         unrest = {name: jax.vmap(groups.largest, (0, None))(each, group) for name, each in unrest.items()}
-    return Walk(loss, answer == batch.targets[None], answer == answer[-1:], confidence, unrest, halt, go, norm)
+    return Walk(loss, answer == batch.targets[None], answer, confidence, unrest, halt, go, norm)
