@@ -142,8 +142,7 @@ def evaluate(
         validation = walker.record(params, "validation").walked
         calibration = walker.record(params, "calibration").walked
         wanted = [name for name in get_args(Measure) if not rule or name in rule]
-        short = recorded.upto(config.model.steps)  # the risk is of stopping before the trained depth
-        kept = (_at_risk(short, validation, calibration, name, risk, resplits) for name in wanted)
+        kept = (_at_risk(recorded, validation, calibration, name, risk, resplits) for name in wanted)
         told += [row for row in kept if row is not None]
     about = {"split": split, "arm": config.name, "seed": config.seed, "trained_steps": config.model.steps}
     summary = {"frontier": "summary", **walks.summary(found, recorded)}
