@@ -40,7 +40,7 @@ def of_arm(arm: str, seed: int, n: int, hops: int, train_steps: int, smoke: bool
             heads=4,
             prelude_layers=0,
             tied=arm != "deep",
-            inject=arm == "looped",
+            inject=False,  # the same block, once or six times, or six of them
             halting_head=False,
         ),
         rule=Fixed(),

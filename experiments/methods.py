@@ -11,7 +11,7 @@ once. What differs is how it is taught, and when it stops:
   and `gate_two_stage` (taught after a first stage, on a model that stands still);
 - `fixed1`, `fixed2`, `fixed3` trained at fewer steps: the frontier that the others are measured against.
 
-All spend equal training FLOPs, first stages included.
+All spend equal training FLOPs, first stages included. A fixed point is priced with all iterations that it may take.
 
 Run:    python -m ponder.train  --config=experiments/methods.py:arm=random_depth --workdir=runs/methods
 Table:  python -m ponder.ablate --config=experiments/methods.py --output=experiments/results/methods --jobs=2
