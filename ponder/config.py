@@ -68,7 +68,7 @@ class FixedPoint:
     """Train at the state that the core settles at (Bai et al. 2019): solved for, not stepped to."""
 
     tolerance: float = 1e-3
-    """Relative residual that every lane must come to."""
+    """Relative residual that every lane must come to. bfloat16, the default of accelerators, rounds at 4e-3."""
     most: int = 50
     """Iterations at most, after the first step; of the implicit gradient as many again. The ledger prices them all."""
     memory: int = 5
@@ -456,6 +456,8 @@ def _of_fixed_point(config: Config) -> Iterator[tuple[bool, str]]:
     if method is None:
         return
     yield method.tolerance > 0, f"{name}.tolerance is {method.tolerance}: above 0"
+    fine = config.dtype != "bfloat16" or method.tolerance >= 1e-2
+    yield fine, f"{name}.tolerance is {method.tolerance}, below what bfloat16 resolves: at least 0.01, or dtype=float32"
     yield method.most >= 1, f"{name}.most is {method.most}: at least 1"
     yield method.memory >= 0, f"{name}.memory is {method.memory}: at least 1, or 0 for plain iteration"
     yield method.backprop >= 1, f"{name}.backprop is {method.backprop}: at least 1"

@@ -363,6 +363,7 @@ def test_a_run_with_a_fixed_point(tmp_path: Any) -> None:
     [
         ({"training__fixed_point": FixedPoint(tolerance=0.0)}, "training.fixed_point.tolerance is 0.0: above 0"),
         ({"training__fixed_point": FixedPoint(tolerance=float("nan"))}, "training.fixed_point.tolerance is nan"),
+        ({"dtype": "bfloat16"}, "training.fixed_point.tolerance is 0.001, below what bfloat16 resolves"),
         ({"training__fixed_point": FixedPoint(most=0)}, "training.fixed_point.most is 0: at least 1"),
         ({"training__fixed_point": FixedPoint(memory=-1)}, "training.fixed_point.memory is -1: at least 1, or 0"),
         ({"training__fixed_point": FixedPoint(backprop=0)}, "training.fixed_point.backprop is 0: at least 1"),

@@ -8,7 +8,8 @@ of them is Jacobian-free backpropagation (Fung et al. 2022, arXiv 2103.12803), m
 (Geng et al. 2021, arXiv 2111.05177) without damping.
 
 Nothing makes a core contract. Where it does not, the solver ends after `most` iterations with the best that it met, and
-the residual says so. That of the backward solution is not reported: J^T contracts as J does.
+the residual says so. That of the backward solution is not reported: J^T has the spectrum of J, but may need more
+iterations. Where lanes are unsettled the gradient is not exact either.
 """
 
 from __future__ import annotations
