@@ -244,10 +244,10 @@ def validate(config: Config) -> None:
             optim.ema_decay is None or 0 < optim.ema_decay < 1,
             f"optim.ema_decay is {optim.ema_decay}: between 0 and 1, or None",
         ),
+        *_of_routing(config),
         *_of_depth(config),
         *_of_updates(config),
         *_of_start(config),
-        *_of_routing(config),
         *_of_fixed_point(config),
         (
             0 <= training.layer_dropout < 1,
