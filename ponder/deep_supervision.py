@@ -42,9 +42,9 @@ def make_train_step(
 
         def update(carry: tuple[TrainState, State], k: jax.Array) -> tuple[tuple[TrainState, State], Metrics]:
             trained, thought = carry
-            start = Midway(jax.lax.stop_gradient(thought), k)
+            # The thought comes from outside what is differentiated, so it carries no gradient.
             gradients, (metrics, thought) = gradient(
-                trained.params, batch, batch, jax.random.fold_in(key, k), trained.step, start=start
+                trained.params, batch, batch, jax.random.fold_in(key, k), trained.step, start=Midway(thought, k)
             )
             metrics |= {"gradient_norm": optax.tree.norm(gradients)}
             return (updated(trained, gradients, optimizer, config), thought), metrics

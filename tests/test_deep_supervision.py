@@ -98,7 +98,8 @@ def test_a_run_learns_and_its_schedule_counts_updates(tmp_path: Any) -> None:
     losses = [row["task_loss"] for row in seen if row["kind"] == "train"]
     assert losses[-1] < losses[0]
     rate = schedule(made.optim, 60)
-    assert next(row for row in seen if row["kind"] == "train")["learning_rate"] == pytest.approx(float(rate(0)))
+    rates = {row["step"]: row["learning_rate"] for row in seen if row["kind"] == "train"}
+    assert rates == {step: pytest.approx(float(rate(3 * (step - 1)))) for step in (1, 10, 20)}
     assert {row["exit"] for row in result.results[0]["evaluations"]} >= {"threshold", "last"}
 
 

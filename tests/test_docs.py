@@ -13,7 +13,7 @@ import pytest
 
 from ponder import ablate, cli, compute, evaluate, train
 from ponder import report as reports
-from ponder.config import validate
+from ponder.config import Config, validate
 from ponder.halting import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,6 +113,7 @@ def test_configurations_are_valid(page: Path) -> None:
         names: dict[str, Any] = {}
         exec(compile(code, page.name, "exec"), names)
         config = names["get_config"]()
+        assert isinstance(config, Config)
         validate(config)
         compute.resolve(config)
 

@@ -8,13 +8,13 @@ from typing import ClassVar
 from etils import epy
 from jaxtyping import Bool, Float, Int
 
-from ponder.halting.correctness import binary_cross_entropy
 from ponder.halting.supervised import Emphasis, Supervised, log_odds
 from ponder.protocols import Path, Seen
 
 with epy.lazy_imports():
     import jax
     import jax.numpy as jnp
+    import optax
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Classifier(Supervised):
     def lesson(self, path: Path) -> Float[jax.Array, "K *n"]:
         """Balanced cross entropy at steps before the last, which stops anyway."""
         assert path.halt is not None
-        cost = binary_cross_entropy(path.halt, path.agrees.astype(jnp.float32))
+        cost = optax.losses.sigmoid_binary_cross_entropy(path.halt, path.agrees.astype(jnp.float32))
         counts = jnp.broadcast_to(path.counts[None], cost.shape).at[-1].set(0.0)
         both = jnp.stack([jnp.where(kind, counts, 0.0) for kind in (path.agrees, ~path.agrees)])  # [2, K, *n]
         share = both.sum(axis=tuple(range(1, both.ndim)), keepdims=True)

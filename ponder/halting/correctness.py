@@ -14,6 +14,7 @@ from ponder.protocols import Path, Seen
 with epy.lazy_imports():
     import jax
     import jax.numpy as jnp
+    import optax
 
 
 class Explored(NamedTuple):
@@ -91,17 +92,12 @@ class Correctness(Supervised):
     def lesson(self, path: Path) -> Float[jax.Array, "K *n"]:
         """Cross entropies of both heads, where their targets are known."""
         assert path.halt is not None
-        cost = binary_cross_entropy(path.halt, path.correct.astype(jnp.float32))
+        cost = optax.losses.sigmoid_binary_cross_entropy(path.halt, path.correct.astype(jnp.float32))
         if self.continue_target:
             assert path.go is not None
             halt, go = jax.lax.stop_gradient((path.halt, path.go))
             # What step k + 1 is worth; at the last one there is no going on.
             best = jnp.concatenate([jnp.maximum(halt[1:-1], go[1:-1]), halt[1:][-1:]])
-            later = binary_cross_entropy(path.go[:-1], jax.nn.sigmoid(best))
+            later = optax.losses.sigmoid_binary_cross_entropy(path.go[:-1], jax.nn.sigmoid(best))
             cost = cost + jnp.concatenate([later, jnp.zeros_like(cost[:1])])
         return self.weight * cost
-
-
-def binary_cross_entropy(logit: Float[jax.Array, "*n"], target: jax.Array) -> Float[jax.Array, "*n"]:
-    """Of sigmoid(logit) against a probability, nats, finite for every finite logit."""
-    return -(target * jax.nn.log_sigmoid(logit) + (1.0 - target) * jax.nn.log_sigmoid(-logit))

@@ -9,13 +9,13 @@ from typing import ClassVar
 from etils import epy
 from jaxtyping import Bool, Float, Int
 
-from ponder.halting.correctness import binary_cross_entropy
 from ponder.halting.supervised import Supervised
 from ponder.protocols import Path, Seen
 
 with epy.lazy_imports():
     import jax
     import jax.numpy as jnp
+    import optax
 
 
 @dataclass(frozen=True)
@@ -66,5 +66,5 @@ class Gate(Supervised):
         assert path.halt is not None
         gain = path.loss[:-1] - path.loss[1:]
         onwards = jax.nn.sigmoid(self.slope * (gain - self.margin))
-        cost = binary_cross_entropy(-path.halt[:-1], onwards)
+        cost = optax.losses.sigmoid_binary_cross_entropy(-path.halt[:-1], onwards)
         return self.weight * jnp.concatenate([cost, jnp.zeros_like(path.loss[:1])])
