@@ -14,8 +14,8 @@ Run:    python -m ponder.train  --config=experiments/retrofit.py:arm=retrofit --
 Table:  python -m ponder.ablate --config=experiments/retrofit.py --output=experiments/results/retrofit --jobs=2
 Quick:  python -m ponder.train  --config=experiments/retrofit.py:smoke --workdir=runs/retrofit_smoke
 
-Cost of the table: 9 runs, 0.43 core-hours of a busy Intel Xeon. It gave (three seeds): continued 0.9984, retrofit 0.9884,
-scratch 0.9920, all near the ceiling, so no difference is shown; none adds more numbers than it was trained on.
+Cost of the table: 9 runs, 0.43 core-hours of a busy Intel Xeon. It gave (three seeds): continued 0.9984, retrofit
+0.9884, scratch 0.9920, all near the ceiling, so no difference is shown; none adds more numbers than it was trained on.
 """
 
 import dataclasses

@@ -14,9 +14,9 @@ Run:    python -m ponder.train  --config=experiments/two_stage.py:arm=two_stage 
 Table:  python -m ponder.ablate --config=experiments/two_stage.py --output=experiments/results/two_stage --jobs=2
 Quick:  python -m ponder.train  --config=experiments/two_stage.py:smoke --workdir=runs/two_stage_smoke
 
-Cost of the table: 21 runs, 0.70 core-hours of a busy Intel Xeon. It gave (three seeds): the two-stage gate stops at 1.49
-steps with half of the answers right, since its model's losses fall from the fifth step on alone and a look of one step
-ahead sees no gain before; taught along with the model it stops at 3.13 with 0.9891. Two fixed steps are exact.
+Cost of the table: 21 runs, 0.70 core-hours of a busy Intel Xeon. It gave (three seeds): the two-stage gate stops at
+1.49 steps with half of the answers right, since its model's losses fall from the fifth step on alone and a look of one
+step ahead sees no gain before; taught along with the model it stops at 3.13 with 0.9891. Two fixed steps are exact.
 """
 
 import dataclasses

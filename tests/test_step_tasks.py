@@ -21,6 +21,7 @@ from ponder.tasks.task import SPLITS, Rows, Task, padded_rows
 from ponder.tasks.tfds_builder import check
 
 ROWS = {"train_rows": 2500, "evaluation_rows": 600}
+SMALLEST = {"train_rows": 50, "evaluation_rows": 50}
 CHAINS = Chains(modulus=5, max_train_operations=4, max_operations=7, **ROWS)
 HOP = Hop(n=24, alphabet=3, hops=3, max_hops=5, **ROWS)
 SUMS = Sums(digits=2, operands=4, max_operands=6, **ROWS)
@@ -28,6 +29,7 @@ PERMUTATIONS = Permutations(length=4, max_length=7, **ROWS)
 TASKS = [
     CHAINS,
     Chains(**ROWS),
+    Chains(every=True, **ROWS),
     HOP,
     Hop(mixed=False, **ROWS),
     Hop(n=256, hops=16, train_rows=300, evaluation_rows=300),
@@ -49,7 +51,7 @@ class Text(NamedTuple):
 
     question: str
     answer: str  # at the lanes that have targets
-    difficulty: int  # the largest of the targets
+    labels: list[int]  # difficulties of the targets
 
 
 def all_rows(task: Task, split: str) -> Rows:
@@ -60,7 +62,7 @@ def texts(task: Task, split: str) -> Iterator[Text]:
     rows = all_rows(task, split)
     for inputs, targets, weights, difficulty, segments, _ in zip(*rows, strict=True):
         answer = task.decode(targets[weights > 0].tolist())
-        yield Text(task.decode(inputs[segments > 0].tolist()), answer, int(difficulty[weights > 0].max()))
+        yield Text(task.decode(inputs[segments > 0].tolist()), answer, difficulty[weights > 0].tolist())
 
 
 # The oracles: answer and difficulty of a question, from its text alone
@@ -68,10 +70,13 @@ def texts(task: Task, split: str) -> Iterator[Text]:
 
 def chain(task: Chains, question: str) -> tuple[str, int]:
     """In whole numbers, without a modulus until the end."""
-    start, *operations, query = question.split()
-    assert query == "?"
-    expression = "(" * len(operations) + start + "".join(f"{operation})" for operation in operations)
-    return str(eval(expression) % task.modulus), len(operations)
+    start, *operations = question.split()
+    assert task.every or operations.pop() == "?"
+    values = []
+    for count in range(1, len(operations) + 1):
+        expression = "(" * count + start + "".join(f"{operation})" for operation in operations[:count])
+        values.append(str(eval(expression) % task.modulus))
+    return " ".join(values if task.every else values[-1:]), len(operations)
 
 
 def hops(task: Hop, question: str) -> tuple[str, int]:
@@ -121,12 +126,11 @@ ORACLES: dict[type, Callable[..., tuple[str, int]]] = {
 @each_task
 @pytest.mark.parametrize("split", ["train", "test", "extrapolation"])
 def test_answers_and_difficulties_by_the_oracle(task: Task, split: str) -> None:
-    for question, answer, difficulty in texts(task, split):
+    for question, answer, labels in texts(task, split):
         right, steps = ORACLES[type(task)](task, question)
-        # With targets at every token, extrapolation asks for the products that training cannot have.
-        if isinstance(task, Permutations) and task.every and split == "extrapolation":
-            right = " ".join(right.split()[task.length :])
-        assert (answer, difficulty) == (right, steps), question
+        if getattr(task, "every", False):  # of the answers so far, those that are asked for
+            right = " ".join(right.split()[label - 1] for label in labels)
+        assert (answer, labels[-1]) == (right, steps), question
 
 
 # What holds for all
@@ -263,7 +267,22 @@ def test_a_chain_and_the_same_maps_in_other_words_share_a_split() -> None:
     assert first == same != other
 
 
-@pytest.mark.parametrize("task", [Chains(5, 3, 4, 50, 50), Chains(7, 2, 3, 50, 50)])
+def test_a_chain_that_begins_a_row_is_a_target_in_its_own_split_alone() -> None:
+    every = dataclasses.replace(CHAINS, every=True)
+    asked = {}
+    for split in every.splits:
+        begun = ([text.question.split()[: 1 + label] for label in text.labels] for text in texts(every, split))
+        asked[split] = {canonical(CHAINS, " ".join([*words, "?"])) for words in itertools.chain(*begun)}
+        # Those that are drawn by themselves are of the same split.
+        alone = {canonical(CHAINS, text.question) for text in texts(CHAINS, split)}
+        assert asked[split] & alone
+        for other in set(asked) - {split}:
+            assert not asked[split] & asked[other] and not alone & asked[other]
+    lanes = np.mean([len(text.labels) for text in texts(every, "train")])
+    assert 1 + 0.6 * 3 < lanes < 1 + 0.95 * 3  # the whole chain, and about 0.8 of the three shorter ones
+
+
+@pytest.mark.parametrize("task", [Chains(5, 3, 4, **SMALLEST), Chains(7, 2, 3, **SMALLEST)])
 def test_the_smallest_chains_still_split(task: Chains) -> None:
     assert all(len(all_rows(task, split).inputs) == 50 for split in task.splits)
 
@@ -290,12 +309,12 @@ def test_neighbours_differ_and_the_most_hops_are_defined(split: str) -> None:
 
 
 def test_hops_are_drawn_evenly() -> None:
-    asked = Counter(text.difficulty for text in texts(HOP, "train"))
+    asked = Counter(text.labels[-1] for text in texts(HOP, "train"))
     assert set(asked) == {1, 2, 3}
     assert max(abs(count / 2500 - 1 / 3) for count in asked.values()) < 0.05
     fixed = Hop(mixed=False, **ROWS)
-    assert {text.difficulty for text in texts(fixed, "train")} == {4}
-    assert {text.difficulty for text in texts(fixed, "extrapolation")} == {8}
+    assert {text.labels[-1] for text in texts(fixed, "train")} == {4}
+    assert {text.labels[-1] for text in texts(fixed, "extrapolation")} == {8}
 
 
 def test_sums_of_known_numbers() -> None:
@@ -386,6 +405,7 @@ def test_an_extrapolation_split_no_harder_than_training_is_refused(make: Callabl
         (lambda: Chains().encode("7 +1 ?"), "must read as"),
         (lambda: Chains().verify("3 ?", "3"), "must read as"),
         (lambda: Chains().verify("3 +1", "4"), "must read as"),
+        (lambda: Chains(every=True).verify("3 +1 ?", "4"), r"must read as \"3 \+2 \*2 -4\","),
         (lambda: Hop(alphabet=2), "must be in 3..26"),
         (lambda: Hop(alphabet=27), "must be in 3..26"),
         (lambda: Hop(hops=0), "at least 1"),

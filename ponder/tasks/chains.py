@@ -27,12 +27,25 @@ from typing import ClassVar
 import numpy as np
 
 from ponder.errors import UserError
-from ponder.tasks.task import Rows, Shape, Task, check_question_count, check_row_counts, drawn, padded_rows
+from ponder.tasks.task import (
+    FRACTIONS,
+    SPLITS,
+    Rows,
+    Shape,
+    Task,
+    check_question_count,
+    check_row_counts,
+    drawn,
+    owners,
+    padded_rows,
+    whole_rows,
+)
 
 
 @dataclass(frozen=True)
 class Chains(Task):
-    """Text form: a question is "3 +5 *2 -4 ?", an answer "5". The query token has the target; padding follows it."""
+    """Text form: a question is "3 +5 *2 -4 ?", an answer "5". The query token has the target; padding follows it. With
+    `every` a question is "3 +5 *2 -4" and an answer "1 2 5"."""
 
     difficulty_name: ClassVar[str] = "operations"
 
@@ -42,6 +55,10 @@ class Chains(Task):
     """Train, validation, calibration and test draw the number of operations from 1..max_train_operations."""
     max_operations: int = 16
     """Extrapolation draws it from the rest up to here."""
+    every: bool = False
+    """Every operation has a target, the value so far, and its own difficulty, the operations so far. Rows are then all
+    of the most operations. A chain that begins a row is a target in the split that owns it, and has weight 0 in others;
+    in extrapolation only chains of more than `max_train_operations` are targets."""
     train_rows: int = 500_000
     evaluation_rows: int = 8192
     """Rows of each split but train."""
@@ -62,7 +79,7 @@ class Chains(Task):
 
     @property
     def shape(self) -> Shape:
-        length = self.max_train_operations + 2
+        length = self.max_train_operations + (1 if self.every else 2)
         return Shape(vocabulary=len(symbols(self.modulus)), length=length, classes=self.modulus, lanes="token")
 
     @property
@@ -82,9 +99,9 @@ class Chains(Task):
         fewest, most = 1, self.max_train_operations
         if split == "extrapolation":
             fewest, most = most + 1, self.max_operations
-        draw = functools.partial(self._draw, fewest=fewest, most=most)
+        draw = functools.partial(self._draw, fewest=most if self.every else fewest, most=most)
         for questions in drawn(self, split, draw, self._canonical):
-            yield self._encode(questions)
+            yield self._encode_every(questions, split) if self.every else self._encode(questions)
 
     def _draw(self, generator: np.random.Generator, count: int, fewest: int, most: int) -> np.ndarray:
         """[count, 1 + most] ids: the start, U{fewest..most} operations, then -1."""
@@ -105,23 +122,41 @@ class Chains(Task):
         factor, summand = maps(self.modulus)[:, questions[:, 1:]]
         return np.concatenate([questions[:, :1], factor * self.modulus + summand], axis=1)
 
+    def _encode_every(self, questions: np.ndarray, split: str) -> Rows:
+        so_far = np.broadcast_to(np.arange(questions.shape[1]), questions.shape)  # [R, T] operations, a lane's included
+        if split == "extrapolation":
+            owned = so_far > self.max_train_operations
+        else:
+            # Cut off as drawn chains are: -1 in place of the operations that do not count yet.
+            owned = np.zeros(questions.shape, bool)
+            for operations in range(1, questions.shape[1]):
+                cut = self._canonical(np.where(so_far > operations, -1, questions))
+                owned[:, operations] = owners((row.tobytes() for row in cut), FRACTIONS) == SPLITS.index(split)
+        return whole_rows(questions, self._values(questions) * owned, owned.astype(np.uint8), so_far)
+
+    def _values(self, questions: np.ndarray) -> np.ndarray:
+        """[R, 1 + operations] what the chains come to after 0, 1 .. operations; those of -1 change nothing."""
+        values = [questions[:, 0]]
+        for factor, summand in np.moveaxis(maps(self.modulus)[:, questions[:, 1:]], 2, 0):  # a place at a time
+            values.append((factor * values[-1] + summand) % self.modulus)
+        return np.stack(values, axis=1)
+
     def _encode(self, questions: np.ndarray) -> Rows:
         operations = np.count_nonzero(questions >= 0, axis=1) - 1
-        value = questions[:, 0]
-        for factor, summand in np.moveaxis(maps(self.modulus)[:, questions[:, 1:]], 2, 0):  # a place at a time
-            value = (factor * value + summand) % self.modulus
+        value = self._values(questions)[:, -1]
         query = len(symbols(self.modulus)) - 1
         inputs = np.pad(np.where(questions < 0, query, questions), ((0, 0), (0, 1)), constant_values=query)
         weights = (np.arange(inputs.shape[1]) == operations[:, None] + 1).astype(np.uint8)
         return padded_rows(inputs, weights * value[:, None], weights, operations, operations + 2)
 
     def verify(self, question: str, answer: str) -> bool:
-        start, *operations, _ = self._tokens(question)
-        value = int(start)
-        for operation in operations:
+        start, *operations = self._tokens(question)
+        value, values = int(start), []
+        for operation in operations if self.every else operations[:-1]:
             constant = int(operation[1:])
             value = {"+": value + constant, "-": value - constant, "*": value * constant}[operation[0]] % self.modulus
-        return answer == str(value)
+            values.append(str(value))
+        return answer == (" ".join(values) if self.every else values[-1])
 
     def encode(self, question: str) -> list[int]:
         return [symbols(self.modulus).index(token) for token in self._tokens(question)]
@@ -131,10 +166,12 @@ class Chains(Task):
 
     def _tokens(self, question: str) -> list[str]:
         tokens = question.split(" ")
-        if not re.fullmatch(r"\d+( [-+*]\d+)+ \?", question) or set(tokens) - set(symbols(self.modulus)):
+        query = "" if self.every else " ?"
+        readable = re.fullmatch(rf"\d+( [-+*]\d+)+{re.escape(query)}", question)
+        if not readable or set(tokens) - set(symbols(self.modulus)):
             raise UserError(
-                f'chains question "{question}": must read as "3 +2 *2 -4 ?", with numbers below {self.modulus} and no '
-                "+0, -0, *0 or *1"
+                f'chains question "{question}": must read as "3 +2 *2 -4{query}", with numbers below {self.modulus} '
+                "and no +0, -0, *0 or *1"
             )
         return tokens
 
