@@ -2,7 +2,8 @@
 
 Mixture-of-Depths (`depths`) stands beside the deep transformer whose every other block it routes (`dense`), and
 Mixture-of-Recursions (`expert`, `token`) beside the looped one whose recursions it rations (`looped`). All train for
-the FLOPs that `dense` needs: where training is cheaper, on more batches.
+the FLOPs that `dense` needs: where training is cheaper, on more batches. Since routing saves at inference, too,
+`dense2` to `dense4` have fewer blocks: what a smaller model gives for a routed one's FLOPs.
 
 Run:    python -m ponder.train  --config=experiments/routing.py:arm=depths --workdir=runs/routing
 Table:  python -m ponder.ablate --config=experiments/routing.py --output=experiments/results/routing --jobs=2
@@ -12,6 +13,8 @@ Each row of an evaluation has `router_agreement`, the share of the choices that 
 top-k of training, `loss` of the predictor's choices and `run_on_loss` of the top-k's, which sees later tokens and so is
 no score of a language model. The table has not been made.
 """
+
+import dataclasses
 
 from ponder import compute
 from ponder.config import Checkpointing, Config, Evaluation, Logging, Optim, Training
@@ -26,12 +29,12 @@ from ponder.models.config import (
 )
 from ponder.tasks.text import Text
 
-ARMS = ("dense", "depths", "looped", "expert", "token")
+ARMS = ("dense", "depths", "looped", "expert", "token", "dense2", "dense3", "dense4")
 SEEDS = 3
 
 
 def get_config(arm: str = "depths", seed: int = 0, smoke: bool = False) -> Config:
-    """`arm`: dense, depths, looped, expert or token. All train for the FLOPs that dense needs."""
+    """`arm`: dense, depths, looped, expert, token, or denseN of N blocks. All train for the FLOPs that dense needs."""
     return compute.matched(of_arm(arm, seed, smoke), of_arm("dense", seed, smoke))
 
 
@@ -45,6 +48,7 @@ def of_arm(arm: str, seed: int, smoke: bool) -> Config:
         "expert": ExpertChoiceRecursions(steps=4, **sizes),
         "token": TokenChoiceRecursions(steps=4, **sizes),
     }
+    models |= {f"dense{blocks}": dataclasses.replace(models["dense"], steps=blocks) for blocks in (2, 3, 4)}
     if arm not in models:
         raise UserError(f"there is no arm {arm!r}: there are {', '.join(models)}")
     return Config(

@@ -258,6 +258,19 @@ def test_a_claim_says_that_training_was_unequal() -> None:
     assert "but unequal training FLOPs" in first and "but unequal training FLOPs" in second
 
 
+def test_a_routed_model_is_no_fixed_depth_whatever_its_rule() -> None:
+    entries = {arm: synthetic.results_of(arm, 3) for arm in ("fixed2", "fixed4")}
+    entries["routed"] = [
+        synthetic.result("fixed3", seed, accuracy=0.99, flops=3e6, steps=3.0) | {"arm": "routed"} for seed in range(3)
+    ]
+    for entry in entries["routed"]:
+        for row in entry["evaluations"]:
+            row["router_agreement"] = 0.9
+    made = lines_of(entries)
+    assert {line.arm: line.is_fixed for line in made.lines} == {"fixed2": True, "fixed4": True, "routed": False}
+    assert next(line for line in made.lines if line.arm == "routed").versus is not None
+
+
 def test_fixed_depths_go_by_their_rule_not_by_their_name() -> None:
     names = {"fixed2": "shallow", "fixed4": "deep", "pondernet": "fixed-prior"}
     renamed = {arm: [entry | {"arm": names[arm]} for entry in synthetic.results_of(arm, 3)] for arm in names}

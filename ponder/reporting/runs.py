@@ -57,8 +57,9 @@ class Run:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether it thinks the same number of steps always."""
-        return str(self.config["rule"]["type"]).endswith(":Fixed")
+        """Whether it thinks the same number of steps always. A routed model chooses, whatever its rule."""
+        routed = any("router_agreement" in row for row in self.evaluations)
+        return str(self.config["rule"]["type"]).endswith(":Fixed") and not routed
 
     @property
     def machine(self) -> str:
