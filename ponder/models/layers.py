@@ -119,10 +119,22 @@ class Block(nnx.Module):
 
     def keys_values(self, x: Float[Array, "B T D"], context: Context) -> KeysValues:
         """What this layer shows of the lanes `x`: rotated keys and values, both [B, T, M, H]."""
-        return self._keys_values(self.attention_norm(x), context)
+        return self.shown_by(self.attention_norm(x), context.cosine, context.sine)
 
-    def _keys_values(self, h: jax.Array, context: Context) -> KeysValues:
-        return rotate(linear(h, self.key[...]), context.cosine, context.sine), linear(h, self.value[...])
+    def shown_by(self, h: Float[Array, "B T D"], cosine: jax.Array, sine: jax.Array) -> KeysValues:
+        """The same, of lanes that have been through the layer's norm."""
+        return rotate(linear(h, self.key[...]), cosine, sine), linear(h, self.value[...])
+
+    def queries(self, h: Float[Array, "B T D"], cosine: jax.Array, sine: jax.Array) -> Float[Array, "B T N H"]:
+        """What normed lanes ask for."""
+        return rotate(linear(h, self.query[...]), cosine, sine)
+
+    def after(self, x: Float[Array, "B T D"], mixed: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """The block's output, from its input and what its lanes attended to."""
+        x = x + linear(mixed.reshape(*x.shape[:-1], -1), self.out[...].reshape(-1, x.shape[-1]))
+        h = constrain_lanes(self.mlp_norm(x))
+        mlp = swiglu(linear(h, self.gate[...]), linear(h, self.up[...]), self.down[...])
+        return constrain_lanes(x + mlp)
 
     def __call__(
         self,
@@ -138,21 +150,17 @@ class Block(nnx.Module):
         """
         x = constrain_lanes(x)
         h = constrain_lanes(self.attention_norm(x))
-        query = rotate(linear(h, self.query[...]), context.cosine, context.sine)  # [B, T, N, H]
+        query = self.queries(h, context.cosine, context.sine)
         if shown is None:
-            shown = self._keys_values(h, context)
+            shown = self.shown_by(h, context.cosine, context.sine)
         elif running is not None:
             mask = running[:, :, None, None]
-            fresh_key, fresh_value = self._keys_values(h, context)
+            fresh_key, fresh_value = self.shown_by(h, context.cosine, context.sine)
             shown = jnp.where(mask, fresh_key, shown[0]), jnp.where(mask, fresh_value, shown[1])
         mixed = attention(
             query, *shown, segments=context.segments, causal=context.causal, mask=context.mask, backend=context.backend
         )
-        mixed = mixed.reshape(*x.shape[:-1], -1)  # [B, T, N * H]
-        x = x + linear(mixed, self.out[...].reshape(-1, x.shape[-1]))
-        h = constrain_lanes(self.mlp_norm(x))
-        mlp = swiglu(linear(h, self.gate[...]), linear(h, self.up[...]), self.down[...])
-        return constrain_lanes(x + mlp), shown
+        return self.after(x, mixed), shown
 
 
 class HaltingHead(nnx.Module):

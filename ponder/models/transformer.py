@@ -59,7 +59,12 @@ class Transformer(Tokens):
         self, x: Float[Array, "B T D"], context: Context, key: jax.Array
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Context]:
         """Prelude. The state starts where the prelude ends, without noise: `key` is not used."""
-        x = self._apply(self.prelude, x, context)
+        return self.ready(self._apply(self.prelude, x, context), context)
+
+    def ready(
+        self, x: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Context]:
+        """What `begin` gives, of lanes that have been through the prelude."""
         state = x
         if self.config.inject:
             x = layers.normalise(x)
@@ -86,7 +91,7 @@ class Transformer(Tokens):
         count, entry = self.config.core_layers, 0 if self.config.tied else k - 1
         graph, stack = nnx.split(self.core)
         own = layers.slice_layers(stack if context.core is None else context.core, entry * count, count)
-        h = self._inject(state, x, entry)
+        h = self.injected(state, x, entry)
         if self.config.kv == "first":
             shown = layers.slice_layers(context.shown, entry * count, count)
             return layers.apply_layers(graph, own, h, context, shown)[0], context
@@ -106,7 +111,8 @@ class Transformer(Tokens):
             graph, layers.separated(parameters) if self.config.unroll else parameters, x, context
         )[0]
 
-    def _inject(self, state: jax.Array, x: jax.Array, entry: Any) -> jax.Array:
+    def injected(self, state: jax.Array, x: jax.Array, entry: Any) -> jax.Array:
+        """What a step begins with: `state`, and where the model injects it `x`. `entry`: of the steps' own gains."""
         if self.injection is None:
             return state
         graph, gains = nnx.split(self.injection)

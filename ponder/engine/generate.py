@@ -1,0 +1,96 @@
+"""Prompts to tokens with a trained model, by one of the decoding executors: one compiled program, no visit to the host.
+
+All of them write the same tokens. They differ in seconds: `refill` takes as long as the mean lane thinks, `sync` as
+long as the slowest of the slots, `masked` K steps for everybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from ponder.engine.control import Control, Free
+from ponder.engine.lockstep import lockstep
+from ponder.engine.refill import check_widths, refill, widths_for
+from ponder.engine.rollout import Requests, Rollout, Spent
+from ponder.engine.sampling import Sampling
+from ponder.engine.slots import Engine
+from ponder.errors import UserError
+from ponder.models.cached import Decoder
+from ponder.models.transformer import Transformer
+from ponder.protocols import Rule
+
+Executor = Literal["refill", "sync", "masked"]
+FREE, GREEDY = Free(), Sampling()
+Program = Callable[[Any, Requests, jax.Array], tuple[Rollout, jax.Array]]
+
+
+def program(
+    model: Transformer,
+    rule: Rule,
+    *,
+    length: int,
+    new: int,
+    control: Control = FREE,
+    sampling: Sampling = GREEDY,
+    slots: int = 64,
+    executor: Executor = "refill",
+    widths: tuple[int, ...] | None = None,
+    together: int | None = None,
+) -> Program:
+    """A jitted function of (parameters, requests, key) to a rollout and [ticks, exit rows, prefills].
+
+    Args:
+      model: its structure; parameters come with the call, as `nnx.split(model, nnx.Param)` has them.
+      rule: at inference, with the exit it should stop by. A rule of fixed depth runs all steps of the model.
+      length: S, positions that the cache has room for. `ponder.engine.rollout.requests` checks prompts against it.
+      new: N, most new tokens of any request.
+      slots: B. widths: the batches in which stopped slots leave the core, `refill` alone (`widths_for`).
+      together: prompts read at once, and free slots waited for; default an eighth of the slots.
+
+    Raises UserError, before anything is compiled, where model, control and sizes do not fit.
+    """
+    if slots < 1 or new < 1 or length < 1:
+        raise UserError(f"slots={slots}, new={new}, length={length}: all must be at least 1")
+    if new > length:
+        raise UserError(f"new={new}: the cache has room for {length} positions")
+    together = max(1, slots // 8) if together is None else together
+    if not 1 <= together <= slots:
+        raise UserError(f"together={together}: must be in 1..{slots}, the number of slots")
+    widths = widths_for(slots) if widths is None else widths
+    check_widths(widths, slots)
+    graphdef, parameters = nnx.split(model, nnx.Param)
+    jax.eval_shape(lambda parameters: Decoder(nnx.merge(graphdef, parameters), length).empty(1), parameters)
+    if "logits" in rule.needs and model.config.coda_layers:
+        raise UserError(
+            f"{type(rule).__name__} reads the answer at every step, through a coda that would have to show every "
+            "step of the tokens before: decode a model with coda_layers=0, or stop by another rule"
+        )
+    control.check(model.embedding[...].shape[0])
+    if executor not in ("refill", "sync", "masked"):
+        raise UserError(f"there is no executor {executor!r}: there are refill, sync and masked")
+
+    @jax.jit
+    def run(parameters: Any, requests: Requests, key: jax.Array) -> tuple[Rollout, jax.Array]:
+        decoder = Decoder(nnx.merge(graphdef, parameters), length)
+        engine = Engine(decoder, rule, control, sampling, requests, key, slots, together)
+        loops = {"refill": lambda: refill(engine, new, widths)} | {
+            name: lambda early=name == "sync": lockstep(engine, new, early=early) for name in ("sync", "masked")
+        }
+        loop = loops[executor]()
+        return loop.out, jax.numpy.stack([loop.ticks, loop.exit_rows, loop.prefills])
+
+    return run
+
+
+def generate(
+    model: Transformer, rule: Rule, requests: Requests, key: jax.Array, *, length: int, **options: Any
+) -> tuple[Rollout, Spent]:
+    """Answer `requests` once. `options` are those of `program`, which to call again without compiling again."""
+    new = int(requests.limits.max())
+    run = program(model, rule, length=length, new=new, **options)
+    rollout, spent = run(nnx.split(model, nnx.Param)[1], requests, key)
+    return rollout, Spent(*map(int, spent))

@@ -1,0 +1,80 @@
+"""Depth-wise refill: at every tick the core runs on a full pool whose slots stand at different positions and steps.
+
+A slot that stops goes through coda, readout, draw and the next token's prelude in the same tick, together with those
+that stop with it, in a batch of the smallest static width that holds them, and is back in the pool at the next tick. A
+slot whose request has ended waits until as many are free as are filled at once. All of it is one compiled program.
+
+Nothing is saved by a mask here: a lane that has stopped does not hold its place until the slowest one has, so the time
+of a run follows the mean number of steps, not the largest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from ponder.engine.slots import Engine, Left, Loop, Slots, first
+from ponder.errors import UserError
+from ponder.models.cached import Cache
+
+
+def widths_for(slots: int) -> tuple[int, ...]:
+    """A ladder in sixteenths up to half of the slots, then all of them: about a quarter of the slots stop at a tick
+    where lanes take four steps in the mean."""
+    step = max(1, slots // 16)
+    return (*range(step, slots // 2 + 1, step), slots) if slots > 1 else (1,)
+
+
+def check_widths(widths: tuple[int, ...], slots: int) -> None:
+    """Raises UserError where the ladder does not hold every number of slots that may stop."""
+    if not widths or list(widths) != sorted(set(widths)) or widths[0] < 1 or widths[-1] != slots:
+        raise UserError(f"widths={widths}: must rise, from 1 on, and end with the number of slots, {slots}")
+
+
+def refill(engine: Engine, new: int, widths: tuple[int, ...]) -> Loop:
+    """Answer all requests. `new`: N, most new tokens of one. Raises UserError on widths that do not fit."""
+    check_widths(widths, engine.slots)
+    widest = widths[-1]
+
+    def branch(width: int) -> Any:
+        def leave(slots: Slots, cache: Cache, stop: Bool[Array, "B"]) -> Left:
+            rows, which = first(stop, width)
+            left = engine.leave(slots, cache, rows, which)
+            return _padded(left, widest)
+
+        return leave
+
+    def none(slots: Slots, cache: Cache, stop: Bool[Array, "B"]) -> Left:
+        shapes = jax.eval_shape(branch(widths[0]), slots, cache, stop)
+        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)._replace(
+            rows=jnp.full(widest, engine.slots, jnp.int32), request=jnp.full(widest, engine.count, jnp.int32)
+        )
+
+    def _padded(left: Left, width: int) -> Left:
+        more = width - len(left.rows)
+
+        def longer(leaf: jax.Array, fill: int = 0) -> jax.Array:
+            return jnp.pad(leaf, ((0, more), *((0, 0),) * (leaf.ndim - 1)), constant_values=fill)
+
+        return jax.tree.map(longer, left)._replace(
+            rows=longer(left.rows, engine.slots), request=longer(left.request, engine.count)
+        )
+
+    sizes = jnp.asarray((0, *widths), jnp.int32)
+
+    def tick(loop: Loop) -> Loop:
+        slots, cache, stop = engine.think(loop.slots, loop.cache, engine.live(loop.slots))
+        choice = jnp.searchsorted(sizes, stop.sum(dtype=jnp.int32))
+        left = jax.lax.switch(choice, [none, *map(branch, widths)], slots, cache, stop)
+        loop = loop._replace(slots=slots, cache=cache, ticks=loop.ticks + 1, exit_rows=loop.exit_rows + sizes[choice])
+        return engine.settle(loop, left, written=False)
+
+    def until_there_is_room(loop: Loop) -> Loop:
+        return jax.lax.while_loop(
+            lambda loop: engine.live(loop.slots).any() & ~engine.wants(loop), tick, engine.admit(loop)
+        )
+
+    return jax.lax.while_loop(engine.more, until_there_is_room, engine.start(new))

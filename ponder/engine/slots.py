@@ -1,0 +1,403 @@
+"""Slots: a fixed number of places in which requests are answered, each at its own position and its own step.
+
+What every decoding executor does alike is here: prompts that are read into free slots, the step of the core on all of
+them, what the rule decides, and a lane's way out of the core: coda, readout, draw, control, and the next token's
+prelude.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ponder.engine.control import SAMPLED, Control
+from ponder.engine.masked import masked
+from ponder.engine.rollout import Requests, Rollout
+from ponder.engine.sampling import Sampling
+from ponder.models.cached import Cache, Decoder, KeysValues, put
+from ponder.models.layers import separated
+from ponder.protocols import Rule
+
+
+class Slots(NamedTuple):
+    """Leaves lead with the slots, B."""
+
+    request: Int[Array, "B"]  # int32; as many as there are requests where the slot is free
+    position: Int[Array, "B"]  # int32, of the token that thinks
+    made: Int[Array, "B"]  # int32, new tokens so far
+    k: Int[Array, "B"]  # int32, steps that the token has been through
+    state: Float[Array, "B D"]
+    x: Float[Array, "B D"]
+    mixed: Float[Array, "B D"]  # fp32, weighted mean of the states so far, where the rule mixes states
+    carry: Any  # the rule's memory
+    control: Any  # the control's memory
+    halting: Float[Array, "B"]  # fp32, log-probability of the decisions so far
+
+
+class Loop(NamedTuple):
+    slots: Slots
+    cache: Cache
+    out: Rollout
+    queue: Int[Array, ""]  # the next request
+    ticks: Int[Array, ""]
+    exit_rows: Int[Array, ""]
+    prefills: Int[Array, ""]
+
+
+class Left(NamedTuple):
+    """Lanes on their way out, b of them: what they wrote, and where they stand now."""
+
+    rows: Int[Array, "b"]  # their slots; beyond the last where there is no lane
+    request: Int[Array, "b"]
+    position: Int[Array, "b"]  # of the token that thought
+    place: Int[Array, "b"]  # of the new token among the new ones
+    id: Int[Array, "b"]
+    kind: Int[Array, "b"]
+    log_probability: Float[Array, "b"]
+    depth: Int[Array, "b"]
+    halting: Float[Array, "b"]
+    done: Bool[Array, "b"]
+    control: Any
+    state: Float[Array, "b D"]
+    x: Float[Array, "b D"]
+    prelude: list[KeysValues]
+    core: list[KeysValues]
+    coda: list[KeysValues]
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """Everything that does not change while requests are answered."""
+
+    decoder: Decoder
+    rule: Rule
+    control: Control
+    sampling: Sampling
+    requests: Requests
+    key: jax.Array
+    slots: int
+    together: int
+    """Prompts that are read at once, and free slots that are waited for before they are."""
+
+    @property
+    def count(self) -> int:
+        """R, how many requests there are."""
+        return len(self.requests.lengths)
+
+    @property
+    def mixes(self) -> bool:
+        return self.rule.mixes == "states"
+
+    @property
+    def shape(self) -> Any:
+        """Of what the rule sees of one lane."""
+        model = self.decoder.model
+        of_one = jax.ShapeDtypeStruct((1, model.config.d_model), model.dtype)
+
+        def seen(state: jax.Array) -> Any:
+            found = self.decoder.see(state, self.rule.needs)
+            return found._replace(logits=self.decoder.logits(state)) if "logits" in self.rule.needs else found
+
+        return jax.eval_shape(lambda state: jax.tree.map(lambda leaf: leaf[0], seen(state)), of_one)
+
+    def memory(self, lanes: int) -> Any:
+        """The rule's, before step 1."""
+        one = self.rule.init((), self.decoder.steps, self.shape)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (lanes, *leaf.shape)), one)
+
+    def start(self, new: int) -> Loop:
+        """All slots free. `new`: N, most new tokens of a request."""
+        model, lanes = self.decoder.model, self.slots
+        empty = jnp.zeros((lanes, model.config.d_model), model.dtype)
+        zeros = jnp.zeros(lanes, jnp.int32)
+        mixed = empty.astype(jnp.float32)
+        slots = Slots(
+            jnp.full(lanes, self.count, jnp.int32),
+            zeros,
+            zeros,
+            zeros,
+            empty,
+            empty,
+            mixed if self.mixes else mixed[:, :0],
+            self.memory(lanes),
+            self.control.init(lanes),
+            zeros.astype(jnp.float32),
+        )
+        none = jnp.zeros((self.count, new), jnp.int32)
+        out = Rollout(
+            ids=none,
+            kind=none.astype(jnp.uint8),
+            log_probability=none.astype(jnp.float32),
+            depth=none,
+            halt_log_probability=none.astype(jnp.float32),
+            lengths=jnp.zeros(self.count, jnp.int32),
+            prompt_depth=jnp.zeros(self.requests.prompts.shape, jnp.int32),
+        )
+        zero = jnp.int32(0)
+        return Loop(slots, self.decoder.empty(lanes), out, zero, zero, zero, zero)
+
+    def live(self, slots: Slots) -> Bool[Array, "B"]:
+        return slots.request < self.count
+
+    def more(self, loop: Loop) -> Bool[Array, ""]:
+        """Whether anything is left to do."""
+        return self.live(loop.slots).any() | (loop.queue < self.count)
+
+    def wants(self, loop: Loop) -> Bool[Array, ""]:
+        """Whether prompts should be read before the next step: there are as many free slots as are filled at once, or
+        as requests are left."""
+        free = self.slots - self.live(loop.slots).sum()
+        return (loop.queue < self.count) & (free >= jnp.minimum(self.together, self.count - loop.queue))
+
+    # Reading prompts
+
+    def admit(self, loop: Loop) -> Loop:
+        """The next requests into free slots: their prompts are read, and the last token of each is about to think."""
+        decoder, many = self.decoder, self.together
+        free = ~self.live(loop.slots)
+        rows, taken = first(free, many)
+        request = loop.queue + jnp.arange(many, dtype=jnp.int32)
+        taken = taken & (request < self.count)
+        rows = jnp.where(taken, rows, self.slots)
+        source = jnp.minimum(request, self.count - 1)
+        prompts, lengths = self.requests.prompts[source], self.requests.lengths[source]
+        prefix = read(decoder, self.rule, prompts, lengths, jax.random.fold_in(self.key, loop.queue))
+        slots = loop.slots
+
+        def fill(leaf: jax.Array, new: jax.Array) -> jax.Array:
+            return leaf.at[rows].set(new.astype(leaf.dtype), mode="drop", unique_indices=True)
+
+        zeros = jnp.zeros(many, jnp.int32)
+        slots = Slots(
+            request=fill(slots.request, request),
+            position=fill(slots.position, lengths - 1),
+            made=fill(slots.made, zeros),
+            k=fill(slots.k, zeros),
+            state=fill(slots.state, prefix.state),
+            x=fill(slots.x, prefix.x),
+            mixed=fill(slots.mixed, jnp.zeros((many, slots.mixed.shape[1]))),
+            carry=jax.tree.map(fill, slots.carry, self.memory(many)),
+            control=jax.tree.map(fill, slots.control, self.control.init(many)),
+            halting=fill(slots.halting, zeros),
+        )
+        cache = jax.tree.map(
+            lambda kept, new: kept.at[rows, ..., : new.shape[-2], :].set(new, mode="drop", unique_indices=True),
+            loop.cache,
+            prefix.cache,
+        )
+        asked = jnp.where(taken, request, self.count)
+        depths = loop.out.prompt_depth.at[asked].set(prefix.depth, mode="drop", unique_indices=True)
+        return loop._replace(
+            slots=slots,
+            cache=cache,
+            out=loop.out._replace(prompt_depth=depths),
+            queue=jnp.minimum(loop.queue + taken.sum(dtype=jnp.int32), self.count),
+            prefills=loop.prefills + 1,
+        )
+
+    # Thinking
+
+    def think(self, slots: Slots, cache: Cache, running: Bool[Array, "B"]) -> tuple[Slots, Cache, Bool[Array, "B"]]:
+        """One step of the core on all slots; it counts on those that are `running`. Who of them stops."""
+        decoder = self.decoder
+        k = jnp.minimum(slots.k + 1, decoder.steps)
+        position = jnp.where(running, slots.position, decoder.length)
+        state, core = decoder.step(slots.state, slots.x, k, position, cache.core)
+        cache = cache._replace(core=core)
+        seen = decoder.see(state, self.rule.needs)
+        if "logits" in self.rule.needs:
+            # There is no coda then: its keys would be those of a step, not those of the answer.
+            hidden, _ = decoder.finish(state, slots.position, cache, None)
+            seen = seen._replace(logits=decoder.logits(hidden))
+        last = k == decoder.steps
+        keys = jax.vmap(jax.random.fold_in)(self.keys(slots.request, slots.made), k)
+        rule = jax.vmap(self.rule)
+        carry, halt = rule(slots.carry, seen, k, last, keys)
+        stop = halt.stop & running
+        halting = slots.halting
+        if seen.halt is not None:
+            decision = jnp.where(stop, jax.nn.log_sigmoid(seen.halt), jax.nn.log_sigmoid(-seen.halt))
+            halting = halting + jnp.where(last | ~running, 0.0, decision)  # the last step is no decision
+        mixed = slots.mixed
+        if self.mixes:
+            _, halt = rule(slots.carry, seen, k, last | stop, keys)  # its remaining mass
+            weight = jnp.where(running, halt.weight, 0.0)[:, None]
+            mixed = mixed + weight * state.astype(jnp.float32)
+
+        def where_running(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(running.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+        slots = slots._replace(
+            k=jnp.where(running, k, slots.k),
+            state=where_running(state, slots.state),
+            mixed=mixed,
+            carry=jax.tree.map(where_running, carry, slots.carry),
+            halting=halting,
+        )
+        return slots, cache, stop
+
+    # On the way out
+
+    def leave(self, slots: Slots, cache: Cache, rows: Int[Array, "b"] | None, which: Bool[Array, "b"]) -> Left:
+        """Coda, readout, draw, control and the next prelude of the slots `rows` (None: all), where `which`.
+
+        With `rows` None the cache is written on the way and comes back in place of keys and values.
+        """
+        decoder = self.decoder
+        own = slots if rows is None else jax.tree.map(lambda leaf: leaf[rows], slots)
+        place = own.position if rows is not None else jnp.where(which, own.position, decoder.length)
+        result = own.mixed.astype(own.state.dtype) if self.mixes else own.state
+        hidden, coda = decoder.finish(result, place, cache, rows)
+        logits = self.control.mask(own.control, decoder.logits(hidden))
+        distribution = self.sampling.log_probabilities(logits)
+        sampled = self.sampling.draw(distribution, self.keys(own.request, own.made))
+        control, following = self.control(own.control, sampled)
+        log_probability = jnp.take_along_axis(distribution, following.id[:, None], axis=1)[:, 0]
+        limit = self.requests.limits[jnp.minimum(own.request, self.count - 1)]
+        done = following.done | (own.made + 1 >= limit)
+        onwards = own.position + 1
+        onwards = onwards if rows is not None else jnp.where(which & ~done, onwards, decoder.length)
+        begun = decoder.begin(following.id, onwards, cache, rows)
+        return Left(
+            rows=jnp.where(which, jnp.arange(self.slots, dtype=jnp.int32) if rows is None else rows, self.slots),
+            request=jnp.where(which, own.request, self.count),
+            position=own.position,
+            place=own.made,
+            id=following.id,
+            kind=following.kind,
+            log_probability=jnp.where(following.kind == SAMPLED, log_probability, 0.0),
+            depth=own.k,
+            halting=own.halting,
+            done=done,
+            control=control,
+            state=begun.state,
+            x=begun.x,
+            prelude=begun.prelude,
+            core=begun.core,
+            coda=coda,
+        )
+
+    def settle(self, loop: Loop, left: Left, *, written: bool) -> Loop:
+        """Write down what `leave` gave, and let the slots go on with the next token, or be free.
+
+        `written`: `leave` ran on all slots, so the cache is up to date."""
+        rows, slots, out, cache = left.rows, loop.slots, loop.out, loop.cache
+        lanes = len(rows)
+
+        def fill(leaf: jax.Array, new: jax.Array) -> jax.Array:
+            return leaf.at[rows].set(new.astype(leaf.dtype), mode="drop", unique_indices=True)
+
+        if written:
+            core = left.core if self.decoder.planes is None else cache.core
+            cache = Cache(left.prelude, core, left.coda)
+        else:
+            onwards = jnp.where(left.done, self.decoder.length, left.position + 1)
+            core = self.decoder.stopped(left.depth, rows, left.position, cache.core)
+            cache = Cache(
+                [put(own, rows, onwards, new) for own, new in zip(cache.prelude, left.prelude, strict=True)],
+                [put(own, rows, onwards, new) for own, new in zip(core, left.core, strict=True)]
+                if self.decoder.planes is None
+                else core,
+                [put(own, rows, left.position, new) for own, new in zip(cache.coda, left.coda, strict=True)],
+            )
+
+        def note(leaf: jax.Array, new: jax.Array) -> jax.Array:
+            return leaf.at[left.request, left.place].set(new.astype(leaf.dtype), mode="drop", unique_indices=True)
+
+        out = out._replace(
+            ids=note(out.ids, left.id),
+            kind=note(out.kind, left.kind),
+            log_probability=note(out.log_probability, left.log_probability),
+            depth=note(out.depth, left.depth),
+            halt_log_probability=note(out.halt_log_probability, left.halting),
+            lengths=out.lengths.at[left.request].set(left.place + 1, mode="drop", unique_indices=True),
+        )
+        zeros = jnp.zeros(lanes, jnp.int32)
+        slots = Slots(
+            request=fill(slots.request, jnp.where(left.done, self.count, left.request)),
+            position=fill(slots.position, left.position + 1),
+            made=fill(slots.made, left.place + 1),
+            k=fill(slots.k, zeros),
+            state=fill(slots.state, left.state),
+            x=fill(slots.x, left.x),
+            mixed=fill(slots.mixed, jnp.zeros((lanes, slots.mixed.shape[1]))),
+            carry=jax.tree.map(fill, slots.carry, self.memory(lanes)),
+            control=jax.tree.map(fill, slots.control, left.control),
+            halting=fill(slots.halting, zeros),
+        )
+        return loop._replace(slots=slots, cache=cache, out=out)
+
+    def keys(self, request: Int[Array, "n"], count: Int[Array, "n"]) -> jax.Array:
+        """[n] keys: of the problem, the sample and the place of the new token alone."""
+        source = jnp.minimum(request, self.count - 1)
+
+        def one(problem: jax.Array, sample: jax.Array, place: jax.Array) -> jax.Array:
+            own = jax.random.fold_in(jax.random.fold_in(self.key, problem), sample)
+            return jax.random.fold_in(own, place)
+
+        return jax.vmap(one)(self.requests.problem[source], self.requests.sample[source], count)
+
+
+class Prefix(NamedTuple):
+    """Prompts that have been read; A of them, P long."""
+
+    cache: Cache  # [A, M, P, H] each, of the core with kv="depth" [A, K, M, P, H]
+    state: Float[Array, "A D"]  # of the last token, before its first step
+    x: Float[Array, "A D"]
+    depth: Int[Array, "A P"]  # steps that the lanes took
+
+
+def read(decoder: Decoder, rule: Rule, prompts: Int[Array, "A P"], lengths: Int[Array, "A"], key: jax.Array) -> Prefix:
+    """Prompts in parallel. All of their tokens but the last think, by the rule and frozen where they stop, unless
+    nobody would see it: with kv="first" and no coda a lane shows the prelude's keys alone."""
+    model = decoder.model
+    place = jnp.broadcast_to(jnp.arange(prompts.shape[1], dtype=jnp.int32), prompts.shape)
+    inside = place < lengths[:, None]
+    context = model.context(inside.astype(jnp.int32), place)
+    x, prelude, coda = model.embed(prompts), [], []
+    for block in decoder.prelude:
+        x, shown = block(x, context)
+        prelude.append(shown)
+    state, x, context = model.ready(x, context)
+    first = decoder.planes is None
+    core = _by_layer(context.shown) if first else []
+    depth = jnp.zeros(prompts.shape, jnp.int32)
+    if not first or decoder.coda:
+        ran = masked(
+            model,
+            rule,
+            x,
+            state,
+            context,
+            key,
+            mask=place < lengths[:, None] - 1,
+            freeze=True,
+            observe=None if first else lambda moment: _by_layer(moment.context.shown),
+            unroll=False,
+        )
+        depth, h = ran.steps, ran.state
+        if not first:
+            core = jax.tree.map(lambda planes: jnp.moveaxis(planes, 0, 1), ran.observed)  # [A, K, P, M, H]
+        for block in decoder.coda:
+            h, shown = block(h, context)
+            coda.append(shown)
+    cache = jax.tree.map(lambda shown: jnp.swapaxes(shown, -3, -2), Cache(prelude, core, coda))  # heads before places
+    last = jnp.arange(len(prompts)), lengths - 1
+    return Prefix(cache, state[last], x[last], depth)
+
+
+def _by_layer(shown: Any) -> list[KeysValues]:
+    """The core's keys and values, a pair a layer, in whichever form a context holds them."""
+    return shown if isinstance(shown, list) else separated(shown)
+
+
+def first(which: Bool[Array, "B"], many: int) -> tuple[Int[Array, "A"], Bool[Array, "A"]]:
+    """Indices of the first `many` that are so, and whether there are as many."""
+    count = len(which)
+    place = jnp.where(which, jnp.cumsum(which) - 1, count)
+    rows = jnp.zeros(many, jnp.int32).at[place].set(jnp.arange(count, dtype=jnp.int32), mode="drop")
+    return rows, jnp.arange(many) < which.sum()
