@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ponder.engine.control import SAMPLED, Control
-from ponder.engine.masked import masked
 from ponder.engine.rollout import Requests, Rollout
 from ponder.engine.sampling import Sampling
 from ponder.models.cached import Cache, Decoder, KeysValues, put
@@ -55,6 +54,7 @@ class Left(NamedTuple):
     request: Int[Array, "b"]
     position: Int[Array, "b"]  # of the token that thought
     place: Int[Array, "b"]  # of the new token among the new ones
+    writes: Bool[Array, "b"]  # there is one: the lane is not within its prompt
     id: Int[Array, "b"]
     kind: Int[Array, "b"]
     log_probability: Float[Array, "b"]
@@ -82,6 +82,8 @@ class Engine:
     slots: int
     together: int
     """Prompts that are read at once, and free slots that are waited for before they are."""
+    plan: Int[Array, "R L"] | None = None
+    """Steps of each request's lanes, in place of the rule's decision. None: the rule decides."""
 
     @property
     def count(self) -> int:
@@ -91,6 +93,12 @@ class Engine:
     @property
     def mixes(self) -> bool:
         return self.rule.mixes == "states"
+
+    @property
+    def prompts_think(self) -> bool:
+        """Whether a prompt's tokens go through the slots one by one, as new ones do. Where they show the prelude's keys
+        alone (kv="first", no coda) nobody would see what they think, and they are read in parallel instead."""
+        return self.decoder.planes is not None or bool(self.decoder.coda)
 
     @property
     def shape(self) -> Any:
@@ -156,7 +164,7 @@ class Engine:
     # Reading prompts
 
     def admit(self, loop: Loop) -> Loop:
-        """The next requests into free slots: their prompts are read, and the last token of each is about to think."""
+        """The next requests into free slots: as much of their prompts is read as need not think first."""
         decoder, many = self.decoder, self.together
         free = ~self.live(loop.slots)
         rows, taken = first(free, many)
@@ -165,7 +173,9 @@ class Engine:
         rows = jnp.where(taken, rows, self.slots)
         source = jnp.minimum(request, self.count - 1)
         prompts, lengths = self.requests.prompts[source], self.requests.lengths[source]
-        prefix = read(decoder, self.rule, prompts, lengths, jax.random.fold_in(self.key, loop.queue))
+        if self.prompts_think:
+            prompts, lengths = prompts[:, :1], jnp.ones_like(lengths)
+        prefix = read(decoder, prompts, lengths)
         slots = loop.slots
 
         def fill(leaf: jax.Array, new: jax.Array) -> jax.Array:
@@ -184,17 +194,20 @@ class Engine:
             control=jax.tree.map(fill, slots.control, self.control.init(many)),
             halting=fill(slots.halting, zeros),
         )
-        cache = jax.tree.map(
-            lambda kept, new: kept.at[rows, ..., : new.shape[-2], :].set(new, mode="drop", unique_indices=True),
-            loop.cache,
-            prefix.cache,
+        cache = loop.cache._replace(
+            **{
+                part: jax.tree.map(
+                    lambda kept, new: kept.at[rows, :, : new.shape[2]].set(new, mode="drop", unique_indices=True),
+                    getattr(loop.cache, part),
+                    getattr(prefix.cache, part),
+                )
+                for part in ("prelude", "core")
+                if getattr(prefix.cache, part)
+            }
         )
-        asked = jnp.where(taken, request, self.count)
-        depths = loop.out.prompt_depth.at[asked].set(prefix.depth, mode="drop", unique_indices=True)
         return loop._replace(
             slots=slots,
             cache=cache,
-            out=loop.out._replace(prompt_depth=depths),
             queue=jnp.minimum(loop.queue + taken.sum(dtype=jnp.int32), self.count),
             prefills=loop.prefills + 1,
         )
@@ -214,28 +227,28 @@ class Engine:
             hidden, _ = decoder.finish(state, slots.position, cache, None)
             seen = seen._replace(logits=decoder.logits(hidden))
         last = k == decoder.steps
+        if self.plan is not None:
+            planned = self.plan[jnp.minimum(slots.request, self.count - 1), slots.position]
+            last = last | (k >= planned)
         keys = jax.vmap(jax.random.fold_in)(self.keys(slots.request, slots.made), k)
         rule = jax.vmap(self.rule)
         carry, halt = rule(slots.carry, seen, k, last, keys)
-        stop = halt.stop & running
+        stop = (halt.stop if self.plan is None else last) & running
         halting = slots.halting
         if seen.halt is not None:
             decision = jnp.where(stop, jax.nn.log_sigmoid(seen.halt), jax.nn.log_sigmoid(-seen.halt))
-            halting = halting + jnp.where(last | ~running, 0.0, decision)  # the last step is no decision
+            halting = halting + jnp.where((k == decoder.steps) | ~running, 0.0, decision)  # step K is no decision
         mixed = slots.mixed
         if self.mixes:
             _, halt = rule(slots.carry, seen, k, last | stop, keys)  # its remaining mass
             weight = jnp.where(running, halt.weight, 0.0)[:, None]
             mixed = mixed + weight * state.astype(jnp.float32)
 
-        def where_running(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(running.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
-
         slots = slots._replace(
             k=jnp.where(running, k, slots.k),
-            state=where_running(state, slots.state),
+            state=_where(running, state, slots.state),
             mixed=mixed,
-            carry=jax.tree.map(where_running, carry, slots.carry),
+            carry=jax.tree.map(lambda new, old: _where(running, new, old), carry, slots.carry),
             halting=halting,
         )
         return slots, cache, stop
@@ -257,16 +270,24 @@ class Engine:
         sampled = self.sampling.draw(distribution, self.keys(own.request, own.made))
         control, following = self.control(own.control, sampled)
         log_probability = jnp.take_along_axis(distribution, following.id[:, None], axis=1)[:, 0]
-        limit = self.requests.limits[jnp.minimum(own.request, self.count - 1)]
-        done = following.done | (own.made + 1 >= limit)
+        source = jnp.minimum(own.request, self.count - 1)
+        writes = own.position + 1 >= self.requests.lengths[source]  # a new token, where the prompt ends
+        done = writes & (following.done | (own.made + 1 >= self.requests.limits[source]))
         onwards = own.position + 1
-        onwards = onwards if rows is not None else jnp.where(which & ~done, onwards, decoder.length)
-        begun = decoder.begin(following.id, onwards, cache, rows)
+        token = following.id
+        if self.prompts_think:
+            given = self.requests.prompts[source, jnp.minimum(onwards, self.requests.prompts.shape[1] - 1)]
+            token = jnp.where(writes, token, given)
+            control = jax.tree.map(lambda new, old: _where(writes, new, old), control, own.control)
+        begun = decoder.begin(
+            token, onwards if rows is not None else jnp.where(which & ~done, onwards, decoder.length), cache, rows
+        )
         return Left(
             rows=jnp.where(which, jnp.arange(self.slots, dtype=jnp.int32) if rows is None else rows, self.slots),
             request=jnp.where(which, own.request, self.count),
             position=own.position,
             place=own.made,
+            writes=writes,
             id=following.id,
             kind=following.kind,
             log_probability=jnp.where(following.kind == SAMPLED, log_probability, 0.0),
@@ -305,8 +326,10 @@ class Engine:
                 [put(own, rows, left.position, new) for own, new in zip(cache.coda, left.coda, strict=True)],
             )
 
+        author = jnp.where(left.writes, left.request, self.count)
+
         def note(leaf: jax.Array, new: jax.Array) -> jax.Array:
-            return leaf.at[left.request, left.place].set(new.astype(leaf.dtype), mode="drop", unique_indices=True)
+            return leaf.at[author, left.place].set(new.astype(leaf.dtype), mode="drop", unique_indices=True)
 
         out = out._replace(
             ids=note(out.ids, left.id),
@@ -314,13 +337,17 @@ class Engine:
             log_probability=note(out.log_probability, left.log_probability),
             depth=note(out.depth, left.depth),
             halt_log_probability=note(out.halt_log_probability, left.halting),
-            lengths=out.lengths.at[left.request].set(left.place + 1, mode="drop", unique_indices=True),
+            lengths=out.lengths.at[author].set(left.place + 1, mode="drop", unique_indices=True),
         )
+        if self.prompts_think:
+            reader = jnp.where(left.writes, self.count, left.request)
+            noted = out.prompt_depth.at[reader, left.position]
+            out = out._replace(prompt_depth=noted.set(left.depth, mode="drop", unique_indices=True))
         zeros = jnp.zeros(lanes, jnp.int32)
         slots = Slots(
             request=fill(slots.request, jnp.where(left.done, self.count, left.request)),
             position=fill(slots.position, left.position + 1),
-            made=fill(slots.made, left.place + 1),
+            made=fill(slots.made, left.place + left.writes.astype(jnp.int32)),
             k=fill(slots.k, zeros),
             state=fill(slots.state, left.state),
             x=fill(slots.x, left.x),
@@ -345,49 +372,30 @@ class Engine:
 class Prefix(NamedTuple):
     """Prompts that have been read; A of them, P long."""
 
-    cache: Cache  # [A, M, P, H] each, of the core with kv="depth" [A, K, M, P, H]
+    cache: Cache  # [A, M, P, H] each; nothing where the steps, or the coda, would write it
     state: Float[Array, "A D"]  # of the last token, before its first step
     x: Float[Array, "A D"]
-    depth: Int[Array, "A P"]  # steps that the lanes took
 
 
-def read(decoder: Decoder, rule: Rule, prompts: Int[Array, "A P"], lengths: Int[Array, "A"], key: jax.Array) -> Prefix:
-    """Prompts in parallel. All of their tokens but the last think, by the rule and frozen where they stop, unless
-    nobody would see it: with kv="first" and no coda a lane shows the prelude's keys alone."""
+def read(decoder: Decoder, prompts: Int[Array, "A P"], lengths: Int[Array, "A"]) -> Prefix:
+    """The prelude of whole prompts, in parallel, and the keys of the core that it gives."""
     model = decoder.model
-    place = jnp.broadcast_to(jnp.arange(prompts.shape[1], dtype=jnp.int32), prompts.shape)
-    inside = place < lengths[:, None]
-    context = model.context(inside.astype(jnp.int32), place)
-    x, prelude, coda = model.embed(prompts), [], []
+    place = jnp.broadcast_to(jnp.arange(prompts.shape[1], dtype=jnp.int32)[None], prompts.shape)
+    context = model.context((place < lengths[:, None]).astype(jnp.int32), place)
+    x, prelude = model.embed(prompts), []
     for block in decoder.prelude:
         x, shown = block(x, context)
         prelude.append(shown)
     state, x, context = model.ready(x, context)
-    first = decoder.planes is None
-    core = _by_layer(context.shown) if first else []
-    depth = jnp.zeros(prompts.shape, jnp.int32)
-    if not first or decoder.coda:
-        ran = masked(
-            model,
-            rule,
-            x,
-            state,
-            context,
-            key,
-            mask=place < lengths[:, None] - 1,
-            freeze=True,
-            observe=None if first else lambda moment: _by_layer(moment.context.shown),
-            unroll=False,
-        )
-        depth, h = ran.steps, ran.state
-        if not first:
-            core = jax.tree.map(lambda planes: jnp.moveaxis(planes, 0, 1), ran.observed)  # [A, K, P, M, H]
-        for block in decoder.coda:
-            h, shown = block(h, context)
-            coda.append(shown)
-    cache = jax.tree.map(lambda shown: jnp.swapaxes(shown, -3, -2), Cache(prelude, core, coda))  # heads before places
+    core = _by_layer(context.shown) if decoder.planes is None else []
+    cache = jax.tree.map(lambda shown: jnp.swapaxes(shown, 1, 2), Cache(prelude, core, []))  # heads before places
     last = jnp.arange(len(prompts)), lengths - 1
-    return Prefix(cache, state[last], x[last], depth)
+    return Prefix(cache, state[last], x[last])
+
+
+def _where(which: Bool[Array, "n"], new: jax.Array, old: jax.Array) -> jax.Array:
+    """`new` on the lanes `which`, `old` on the others; leaves [n, ...]."""
+    return jnp.where(which.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
 
 def _by_layer(shown: Any) -> list[KeysValues]:
