@@ -25,7 +25,7 @@ from ponder.protocols import Rule
 
 Executor = Literal["refill", "sync", "masked"]
 FREE, GREEDY = Free(), Sampling()
-Program = Callable[[Any, Requests, jax.Array], tuple[Rollout, jax.Array]]
+Program = Callable[..., tuple[Rollout, jax.Array]]
 
 
 def program(
@@ -42,6 +42,9 @@ def program(
     together: int | None = None,
 ) -> Program:
     """A jitted function of (parameters, requests, key) to a rollout and [ticks, exit rows, prefills].
+
+    It takes a fourth argument, `plan` [R, length] int32: the steps of every lane of every request, in place of what the
+    rule decides. That replays recorded depths, and makes up exits to measure speed with.
 
     Args:
       model: its structure; parameters come with the call, as `nnx.split(model, nnx.Param)` has them.
@@ -74,9 +77,11 @@ def program(
         raise UserError(f"there is no executor {executor!r}: there are refill, sync and masked")
 
     @jax.jit
-    def run(parameters: Any, requests: Requests, key: jax.Array) -> tuple[Rollout, jax.Array]:
+    def run(
+        parameters: Any, requests: Requests, key: jax.Array, plan: jax.Array | None = None
+    ) -> tuple[Rollout, jax.Array]:
         decoder = Decoder(nnx.merge(graphdef, parameters), length)
-        engine = Engine(decoder, rule, control, sampling, requests, key, slots, together)
+        engine = Engine(decoder, rule, control, sampling, requests, key, slots, together, plan)
         loops = {"refill": lambda: refill(engine, new, widths)} | {
             name: lambda early=name == "sync": lockstep(engine, new, early=early) for name in ("sync", "masked")
         }
