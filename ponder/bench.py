@@ -1,12 +1,16 @@
 """Throughput.
 
     python -m ponder.bench train [--repeats=5] [--output=F] [--peer="PYTHON benchmarks/hf_llama.py"]
+    python -m ponder.bench halting [--repeats=5] [--output=F] [--halting.workdir=W | --halting.exits=geometric,none]
 
 train: tokens per second, compile time, memory and achieved FLOP/s of a whole training step (forward, backward, AdamW)
 of one decoder: width 256, 6 layers, 4 heads, SwiGLU 704, 512 tokens, sequence 128, batch 32, fp32. The row `unrolled`
 is the headline. `scanned` is the same model with a scan over its layers; `looped` is one tied layer used six times,
 written out, and `looped scanned` the same in a scan. All rows, and the peer, take turns in one run; the peak of memory
 is that of a process which compiles and runs this row alone.
+
+halting: what halting saves on the clock. The same requests are decoded by each executor in turns; see
+`ponder.bench_halting`.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +34,7 @@ import rich.table
 import tyro
 from etils import epy
 
-from ponder import cli, compute, records
+from ponder import bench_halting, cli, compute, records
 from ponder.config import Config, Training
 from ponder.data.batch import Batch
 from ponder.errors import UserError
@@ -52,7 +56,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    command: tyro.conf.Positional[Literal["train"]]
+    command: tyro.conf.Positional[Literal["train", "halting"]]
     """What to measure."""
     repeats: int = 5
     """Turns of each row; the table shows the median and the range."""
@@ -61,7 +65,8 @@ class Options:
     output: str | None = None
     """Write the rows as JSON here."""
     peer: str | None = None
-    """Command of a twin that takes turns with the rows; see benchmarks/hf_llama.py."""
+    """Command of a twin that takes turns with the rows of `train`; see benchmarks/hf_llama.py."""
+    halting: bench_halting.Options = field(default_factory=bench_halting.Options)
 
 
 @dataclass(frozen=True)
@@ -286,12 +291,54 @@ def show(rows: list[Row]) -> None:
     (console if console.is_terminal else rich.console.Console(width=140)).print(table)
 
 
+def show_halting(rows: list[Row]) -> None:
+    columns: tuple[str, ...] = (
+        "executor",
+        "model",
+        "keys",
+        "exits",
+        "slots",
+        "requests",
+        "steps",
+        "ideal",
+        "of fixed",
+        "range",
+    )
+    columns += ("CPU", "ticks", "us a tick", "fixed", "equal", "accuracy")
+    table = rich.table.Table(*(rich.table.Column(name, no_wrap=True) for name in columns))
+    for row in rows:
+        table.add_row(
+            row["executor"],
+            row["model"],
+            row["kv"],
+            row["exits"],
+            str(row["slots"]),
+            str(row["requests"]),
+            f"{row['mean_steps']:.2f}",
+            f"{row['ideal_ratio']:.3f}",
+            f"{row['ratio_to_fixed']:.3f}",
+            f"{row['ratio_least']:.3f}-{row['ratio_most']:.3f}",
+            f"{row['cpu_ratio_to_fixed']:.3f}",
+            str(row["ticks"]),
+            f"{row['us_per_tick']:.0f}",
+            f"{row['us_per_tick_fixed']:.0f}",
+            "-" if row["tokens_equal"] is None else "yes" if row["tokens_equal"] else f"{row['divergences']} differ",
+            "-" if row["accuracy"] is None else f"{row['accuracy']:.4f}",
+        )
+    console = rich.console.Console()
+    (console if console.is_terminal else rich.console.Console(width=180)).print(table)
+
+
 def body(options: Options) -> int:
     if options.output:
         check_output(Path(options.output))
-    without_cache()
-    rows = bench_train(options, ROWS)
-    show(rows)
+    if options.command == "train":
+        without_cache()
+        rows = bench_train(options, ROWS)
+        show(rows)
+    else:
+        rows = bench_halting.bench(options.halting, options.repeats)
+        show_halting(rows)
     if options.output:
         about = {
             "hardware": records.hardware(),

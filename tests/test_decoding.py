@@ -13,9 +13,14 @@ import pytest
 from flax import nnx
 
 from ponder import models
-from ponder.engine.generate import generate
+from ponder.engine.control import Free, Insist
+from ponder.engine.generate import generate, program
 from ponder.engine.masked import masked
 from ponder.engine.rollout import requests
+from ponder.engine.sampling import Sampling
+from ponder.engine.score import score
+from ponder.engine.slots import Engine
+from ponder.errors import UserError
 from ponder.halting import named
 from ponder.halting.act import Act
 from ponder.halting.fixed import Fixed
@@ -103,3 +108,246 @@ def test_every_executor_writes_what_the_reference_writes_alone(case: str, execut
     assert seen == {4} if isinstance(rule, Fixed) else len(seen) > 1
     if executor == "masked":
         assert spent.ticks % 4 == 0
+
+
+RULE = PonderNet()
+
+
+def asked_of(count: int = 7, new: int = 6, samples: int = 1, seed: int = 0) -> Any:
+    return requests(prompts(count, seed), new=new, length=LENGTH, vocabulary=VOCABULARY, samples=samples)
+
+
+def answered(rows: Any, model: Any = None, rule: Any = RULE, seed: int = 5, **options: Any) -> Any:
+    model = built() if model is None else model
+    options = {"slots": 3, "together": 2} | options
+    return jax.device_get(generate(model, rule, rows, jax.random.key(seed), length=LENGTH, **options)[0])
+
+
+def taken(rows: Any, order: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[np.asarray(order)], rows)
+
+
+def same(first: Any, second: Any) -> None:
+    """Token ids and steps to the last, log-probabilities to rounding."""
+    for name in ("ids", "kind", "depth", "lengths", "prompt_depth"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+    for name in ("log_probability", "halt_log_probability"):
+        np.testing.assert_allclose(getattr(first, name), getattr(second, name), atol=2e-5)
+
+
+@pytest.mark.parametrize("rule", [PonderNet(), PonderNet(exit="bernoulli")])
+@pytest.mark.parametrize("kv", ["first", "depth"])
+def test_a_sample_depends_on_no_slot_no_batch_mate_and_no_executor(kv: Any, rule: Any) -> None:
+    model = built(dataclasses.replace(MODEL, kv=kv))
+    rows, options = asked_of(samples=2), {"sampling": Sampling(temperature=1.0, top_k=7), "rule": rule}
+    first = answered(rows, model, **options)
+    assert any((first.ids[0] != first.ids[1]).tolist()), "two samples of one problem are two draws"
+    same(first, answered(rows, model, **options, slots=14, together=14, widths=(14,)))
+    same(first, answered(rows, model, **options, executor="sync", slots=2))
+    order = np.random.default_rng(1).permutation(14)
+    run = program(model, length=LENGTH, new=6, slots=5, together=1, widths=(2, 5), **options)
+    parameters = nnx.split(model, nnx.Param)[1]
+    shuffled, other = (jax.device_get(run(parameters, taken(rows, order), jax.random.key(seed))[0]) for seed in (5, 6))
+    same(taken(first, order), shuffled)
+    assert (shuffled.ids != other.ids).any()
+    same(taken(first, [4, 9]), answered(taken(rows, [4, 9]), model, **options))
+
+
+@pytest.mark.parametrize("poison", [1e9, -3e8])
+@pytest.mark.parametrize("kv", ["first", "depth"])
+def test_what_is_left_in_a_freed_slot_reaches_nobody(kv: Any, poison: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches full of large numbers, and NaN in all that a slot must be given before it is used."""
+    model, rows = built(dataclasses.replace(MODEL, kv=kv)), asked_of()
+    clean = answered(rows, model)
+    start = Engine.start
+
+    def poisoned(self: Any, new: int) -> Any:
+        loop = start(self, new)
+        slots = loop.slots._replace(
+            **{name: jnp.full_like(getattr(loop.slots, name), jnp.nan) for name in ("state", "x", "halting")}
+        )
+        return loop._replace(slots=slots, cache=jax.tree.map(lambda leaf: jnp.full_like(leaf, poison), loop.cache))
+
+    monkeypatch.setattr(Engine, "start", poisoned)
+    for executor in ("refill", "masked"):
+        dirty = answered(rows, model, executor=executor)
+        for one, other in zip(clean, dirty, strict=True):
+            if executor == "refill":
+                np.testing.assert_array_equal(one, other)
+        same(clean, dirty)
+
+
+@pytest.mark.parametrize("case", ["first", "depth", "act", "first, core and head"])
+def test_recorded_steps_give_the_log_probabilities_again(case: str) -> None:
+    config, rule = CASES[case]
+    model, rows = built(config), asked_of(samples=2)
+    sampling = Sampling(temperature=0.8, top_p=0.9)
+    made = answered(rows, model, rule, sampling=sampling)
+    tokens, halting = score(model, rule, rows, made, sampling)
+    np.testing.assert_allclose(tokens, made.log_probability, atol=1e-5)
+    np.testing.assert_allclose(halting, made.halt_log_probability, atol=1e-5)
+    assert (made.log_probability < 0).any() and (made.halt_log_probability < 0).any()
+    # Other steps are another network.
+    tokens, _ = score(model, rule, rows, made._replace(depth=np.ones_like(made.depth)), sampling)
+    assert np.abs(tokens - made.log_probability).max() > 1e-3
+
+
+def test_scores_have_a_gradient() -> None:
+    model, rows = built(), asked_of(3)
+    made = answered(rows, model, sampling=Sampling(temperature=1.0))
+    graph, parameters = nnx.split(model, nnx.Param)
+
+    def loss(parameters: Any) -> jax.Array:
+        tokens, halting = score(nnx.merge(graph, parameters), PonderNet(), rows, made, Sampling(temperature=1.0))
+        return tokens.sum() + halting.sum()
+
+    gradient = jax.grad(loss)(parameters)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
+
+
+def test_ten_thousand_requests_lose_swap_and_repeat_none() -> None:
+    """Lengths of prompts and answers are random, and each request asks for a sum of its own."""
+    config = dataclasses.replace(MODEL, prelude_layers=0, coda_layers=0, d_model=8, heads=2, steps=3)
+    model, draw = built(config), np.random.default_rng(0)
+    asked = [draw.integers(0, VOCABULARY, draw.integers(1, 7)).tolist() for _ in range(10_000)]
+    limits = draw.integers(1, 9, len(asked)).tolist()
+    rows = requests(asked, new=limits, length=LENGTH, vocabulary=VOCABULARY)
+    made = answered(rows, model, slots=64, together=8)
+    np.testing.assert_array_equal(made.lengths, limits)
+    same(made, answered(rows, model, slots=64, together=8, executor="masked"))
+
+
+def test_a_stop_token_ends_a_request_and_a_straggler_holds_up_nobody() -> None:
+    model, rows = built(), asked_of(9, new=8)
+    free = answered(rows, model)
+    stop = int(np.bincount(free.ids.ravel()).argmax())
+    made = answered(rows, model, control=Free(stop=(stop,)))
+    for row in range(9):
+        found = np.flatnonzero(free.ids[row] == stop)
+        length = found[0] + 1 if len(found) else 8
+        assert made.lengths[row] == length
+        np.testing.assert_array_equal(made.ids[row, :length], free.ids[row, :length])
+    assert len(set(made.lengths.tolist())) > 1
+    never = answered(rows, model, control=Free(forbid=(stop,)))
+    assert stop not in never.ids and (never.kind == 0).all()
+
+
+def test_insisting_writes_in_place_of_the_stop() -> None:
+    model, rows = built(), asked_of(9, new=8)
+    free = answered(rows, model)
+    stop = int(np.bincount(free.ids.ravel()).argmax())
+    made = answered(rows, model, control=Insist(stop=(stop,), instead=(9, 10), times=1))
+    refused = 0
+    for row in range(9):
+        found = np.flatnonzero(free.ids[row] == stop)
+        if not len(found) or found[0] > 5:
+            continue
+        refused += 1
+        np.testing.assert_array_equal(made.ids[row, : found[0]], free.ids[row, : found[0]])
+        assert made.ids[row, found[0] : found[0] + 2].tolist() == [9, 10]
+        assert made.kind[row, : found[0] + 2].tolist() == [0] * found[0] + [1, 1]
+        assert (made.log_probability[row, found[0] : found[0] + 2] == 0).all()
+    assert refused
+    same(made, answered(rows, model, control=Insist((stop,), (9, 10)), executor="masked"))
+
+
+def test_planned_steps_are_taken_and_the_ticks_are_the_mean_not_the_largest() -> None:
+    model, rows = built(), asked_of(40, new=8)
+    plan = np.random.default_rng(0).choice([1, 4], (40, LENGTH), p=[0.8, 0.2]).astype(np.int32)
+    run = program(model, PonderNet(), length=LENGTH, new=8, slots=8, together=1)
+    parameters = nnx.split(model, nnx.Param)[1]
+    made, spent = run(parameters, rows, jax.random.key(0), jnp.asarray(plan))
+    lengths = np.asarray(rows.lengths)
+    for row in range(40):
+        np.testing.assert_array_equal(made.depth[row], plan[row, lengths[row] - 1 : lengths[row] + 7])
+        np.testing.assert_array_equal(made.prompt_depth[row, : lengths[row] - 1], plan[row, : lengths[row] - 1])
+    steps = int(made.depth.sum() + made.prompt_depth.sum())
+    assert steps / 8 <= int(spent[0]) < 1.25 * steps / 8
+    lockstep = program(model, PonderNet(), length=LENGTH, new=8, slots=8, together=1, executor="sync")
+    other, ticks = lockstep(parameters, rows, jax.random.key(0), jnp.asarray(plan))
+    same(jax.device_get(made), jax.device_get(other))
+    assert int(ticks[0]) > 1.6 * int(spent[0])
+
+
+def test_no_cache_is_copied_within_the_loop() -> None:
+    """A whole-cache copy a tick is what makes such an engine slow."""
+    model = built(dataclasses.replace(MODEL, d_model=32, heads=4, kv_heads=4))
+    run = program(model, PonderNet(), length=LENGTH, new=6, slots=5, together=1)
+    text = run.lower(nnx.split(model, nnx.Param)[1], asked_of(), jax.random.key(0)).compile().as_text()
+    body = [line for line in text.splitlines() if " copy(" in line and "f32[5,4,14,8]" in line.split(" copy(")[0]]
+    assert len(body) <= 6, body  # at the start alone, one an array at most
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: requests([], new=1, length=4, vocabulary=3), "no prompts"),
+        (lambda: requests([[1], []], new=1, length=4, vocabulary=3), "prompt 1 is empty"),
+        (lambda: requests([[1, 3]], new=1, length=4, vocabulary=3), "prompt 0 has an id outside 0..2"),
+        (lambda: requests([[-1]], new=1, length=4, vocabulary=3), "prompt 0 has an id outside 0..2"),
+        (lambda: requests([[1]], new=0, length=4, vocabulary=3), "asks for 0 new tokens"),
+        (lambda: requests([[1, 1, 1]], new=3, length=4, vocabulary=3), "the cache has room for 4"),
+        (lambda: requests([[1]], new=[1, 2], length=4, vocabulary=3), "2 limits for 1 prompts"),
+        (lambda: requests([[1]], new=1, length=4, vocabulary=3, samples=0), "samples=0"),
+        (lambda: answered(asked_of(), slots=0), "slots=0"),
+        (lambda: answered(asked_of(), together=4), r"together=4: must be in 1\.\.3"),
+        (lambda: answered(asked_of(), widths=(1, 2)), "end with the number of slots, 3"),
+        (lambda: answered(asked_of(), control=Free(stop=(11,))), "stop token 11: the vocabulary has ids 0 to 10"),
+        (lambda: answered(asked_of(), control=Insist((1,), ())), "insisting needs"),
+        (lambda: answered(asked_of(), built(dataclasses.replace(MODEL, causal=False))), "needs a causal model"),
+        (lambda: answered(asked_of(), built(dataclasses.replace(MODEL, tied=False))), "needs one core for all steps"),
+        (lambda: answered(asked_of(), rule=CASES["margin"][1]), "a coda that would have to show every"),
+        (lambda: Sampling(temperature=-1.0), "temperature=-1.0"),
+        (lambda: Sampling(top_p=0.0), "top_p=0.0"),
+        (lambda: Sampling(top_k=0), "top_k=0"),
+        (lambda: Sampling(min_p=2.0), "min_p=2.0"),
+    ],
+)
+def test_bad_input_is_one_line(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as found:
+        make()
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.7),
+        Sampling(temperature=1.3, top_k=3),
+        Sampling(temperature=1.0, top_p=0.6),
+        Sampling(temperature=1.0, min_p=0.3),
+        Sampling(temperature=0.9, top_k=5, top_p=0.8, min_p=0.1),
+        Sampling(),
+    ],
+)
+def test_filters_against_float64(sampling: Sampling) -> None:
+    logits = np.random.default_rng(0).normal(size=(50, 9)) * 2
+    logits[:, 4] = -np.inf
+    found = np.asarray(sampling.log_probabilities(jnp.asarray(logits, jnp.float32)))
+    for row, got in zip(logits, found, strict=True):
+        if sampling.temperature == 0:
+            expected = np.where(np.arange(9) == row.argmax(), 1.0, 0.0)
+        else:
+            p = np.exp(row / sampling.temperature)
+            keep = np.ones(9, bool)
+            if sampling.top_k:
+                keep &= p >= np.sort(p)[-sampling.top_k]
+            if sampling.top_p:
+                share, mass = np.where(keep, p, 0) / p[keep].sum(), 0.0
+                for i in np.argsort(-share):
+                    keep[i] &= mass < sampling.top_p
+                    mass += share[i]
+            if sampling.min_p:
+                keep &= p >= sampling.min_p * p[keep].max()
+            expected = np.where(keep, p, 0) / p[keep].sum()
+        np.testing.assert_allclose(np.exp(got), expected, atol=1e-5)
+
+
+def test_draws_follow_the_distribution() -> None:
+    sampling = Sampling(temperature=1.0, top_k=4)
+    log_probabilities = sampling.log_probabilities(jnp.asarray([[0.0, 1.0, 2.0, -1.0, 0.5, -3.0]]))
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drawn = sampling.draw(jnp.broadcast_to(log_probabilities, (20_000, 6)), keys)
+    share = np.bincount(drawn, minlength=6) / 20_000
+    expected = np.exp(log_probabilities[0])
+    assert (np.abs(share - expected) <= 5 * np.sqrt(expected * (1 - expected) / 20_000)).all()

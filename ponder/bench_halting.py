@@ -1,0 +1,242 @@
+"""How much of the compute that halting saves is saved on the clock: decoding with every executor, in turns.
+
+Requests wait in a queue; each brings a random prompt and asks for some new tokens. Exits are made up (`geometric`,
+`bimodal`, a `straggler` among geometric ones, or `none`: all steps always), or those of a trained run's own rule, whose
+answers are then verified. The ideal ratio is that of FLOPs: what the lanes' own steps need, over what K steps for all
+would, both by the ledger and without idle slots, padding or bookkeeping.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+from etils import epy
+
+from ponder import compute
+from ponder.errors import UserError
+from ponder.halting.fixed import Fixed
+from ponder.models.config import Kv, Transformer
+from ponder.protocols import Rule
+from ponder.tasks.task import Shape, Task
+
+with epy.lazy_imports():  # `--help` needs none of these
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from ponder import models, profiling, records, train
+    from ponder.engine import generate
+    from ponder.engine import rollout as rollouts
+
+Row = dict[str, Any]
+Exits = Literal["geometric", "bimodal", "straggler", "none"]
+Build = Literal["core", "prelude+coda"]
+EXECUTORS = ("fixed", "masked", "sync", "refill")
+MEAN = 4.0
+"""Steps of a lane where exits are made up."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of `ponder.bench halting`."""
+
+    workdir: str | None = None
+    """A trained run that is asked its task's test questions. Default: a model with random weights, exits made up."""
+    models: tuple[Build, ...] = get_args(Build)
+    kv: tuple[Kv, ...] = ("first",)
+    exits: tuple[Exits, ...] = ("geometric",)
+    slots: tuple[int, ...] = (64,)
+    """Requests that are answered at a time."""
+    requests: int = 4
+    """Requests a slot."""
+    prompt: tuple[int, int] = (16, 32)
+    """Tokens of a prompt, from and to."""
+    new: tuple[int, int] = (16, 32)
+    """New tokens of a request, from and to."""
+    d_model: int = 256
+    steps: int = 16
+    """K."""
+
+
+class Asked(NamedTuple):
+    """What one table line is measured on."""
+
+    model: Any
+    config: Transformer
+    shape: Shape
+    rule: Rule
+    requests: Any  # ponder.engine.rollout.Requests
+    length: int  # positions of the cache
+    plan: Any  # [R, length] steps of the lanes, or None where the rule decides
+    named: Row
+    correct: Callable[[Any], float] | None  # share of a rollout's answers that are right
+
+
+def bench(options: Options, repeats: int) -> list[Row]:
+    """A row for each executor on each case. Raises UserError where options do not fit."""
+    if min(options.slots) < 1 or options.requests < 1:
+        raise UserError("--slots and --requests must be at least 1")
+    if repeats < 1:
+        raise UserError("--repeats must be at least 1")
+    cases = [
+        (slots, case)
+        for slots in options.slots
+        for case in (trained(options, slots) if options.workdir else made_up(options, slots))
+    ]
+    return [row for slots, case in cases for row in measured(case, slots, repeats)]
+
+
+def made_up(options: Options, slots: int) -> list[Asked]:
+    """Random weights and random exits, for each kind of model, keys and exits."""
+    shape = Shape(512, options.prompt[1] + options.new[1], 512, "token")
+    made = []
+    for build in options.models:
+        layers = {"core": 0, "prelude+coda": 1}[build]
+        for kv in options.kv:
+            config = Transformer(
+                steps=options.steps,
+                d_model=options.d_model,
+                heads=max(1, options.d_model // 64),
+                prelude_layers=layers,
+                coda_layers=layers,
+                kv=kv,
+                halting_head=False,
+            )
+            model = models.build(config, shape, jax.random.key(0))
+            for exits in options.exits:
+                draw = np.random.default_rng(0)
+                count = slots * options.requests
+                lengths = draw.integers(*options.prompt, size=count, endpoint=True)
+                prompts = [draw.integers(0, 512, each).tolist() for each in lengths]
+                new = draw.integers(*options.new, size=count, endpoint=True).tolist()
+                rows = rollouts.requests(prompts, new=new, length=shape.length, vocabulary=512)
+                plan = depths(draw, exits, count, shape.length, options.steps)
+                named = {"model": build, "kv": kv, "exits": exits}
+                made.append(Asked(model, config, shape, Fixed(), rows, shape.length, jnp.asarray(plan), named, None))
+    return made
+
+
+def depths(draw: Any, exits: Exits, requests: int, length: int, steps: int) -> Any:
+    """[R, length] int32, steps of every lane."""
+    if exits == "none":
+        return np.full((requests, length), steps, np.int32)
+    if exits == "bimodal":  # two steps or all of them
+        deep = (MEAN - 2) / max(steps - 2, 1)
+        return np.where(draw.random((requests, length)) < deep, steps, min(2, steps)).astype(np.int32)
+    plan = np.minimum(draw.geometric(1 / MEAN, (requests, length)), steps).astype(np.int32)
+    if exits == "straggler":
+        plan[0] = steps
+    return plan
+
+
+def trained(options: Options, slots: int) -> list[Asked]:
+    """A run's own rule on questions of its task's test split."""
+    assert options.workdir is not None
+    config = records.read_config(options.workdir)
+    model = train.load(options.workdir)
+    if not isinstance(config.model, Transformer) or not config.task.predicts_next:
+        raise UserError(f"{options.workdir}: needs a transformer whose answers are written a token at a time")
+    prompts, answers = questions(config.task, "test", slots * options.requests)
+    shape, new = config.task.shape, [len(answer) for answer in answers]
+    length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+    rows = rollouts.requests(prompts, new=new, length=length, vocabulary=shape.vocabulary)
+
+    def correct(made: Any) -> float:
+        written = [ids[:count].tolist() for ids, count in zip(np.asarray(made.ids), new, strict=True)]
+        return sum(own == right for own, right in zip(written, answers, strict=True)) / len(answers)
+
+    build = "prelude+coda" if config.model.coda_layers else "prelude" if config.model.prelude_layers else "core"
+    named = {"model": build, "kv": config.model.kv, "exits": config.rule.exits[0]}
+    return [Asked(model, config.model, shape, config.rule, rows, length, None, named, correct)]
+
+
+def questions(task: Task, split: str, count: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The first `count` questions of a split and their answers, as ids. Raises UserError where there are fewer, or
+    where an answer is not the end of its row."""
+    prompts: list[list[int]] = []
+    answers: list[list[int]] = []
+    for block in task.rows(split):
+        for inputs, targets, weights in zip(block.inputs, block.targets, block.weights, strict=True):
+            asked = np.flatnonzero(weights)
+            if len(asked) != asked[-1] - asked[0] + 1:
+                raise UserError(f"{type(task).__name__}: its answers are not in one piece, so they cannot be decoded")
+            prompts.append(inputs[: asked[0] + 1].tolist())
+            answers.append(targets[asked].tolist())
+            if len(prompts) == count:
+                return prompts, answers
+    raise UserError(
+        f"the {split} split has {len(prompts)} questions, {count} are asked for: fewer --requests or --slots"
+    )
+
+
+def measured(case: Asked, slots: int, repeats: int) -> list[Row]:
+    """All executors in turns on one case."""
+    parameters, key = nnx.split(case.model, nnx.Param)[1], jax.random.key(0)
+    new = int(case.requests.limits.max())
+    calls: dict[str, Callable[[], Any]] = {}
+    first: dict[str, Any] = {}
+    for name in EXECUTORS:
+        executor = "masked" if name == "fixed" else name
+        rule, plan = (Fixed(), None) if name == "fixed" else (case.rule, case.plan)
+        run = generate.program(
+            case.model,
+            rule,
+            length=case.length,
+            new=new,
+            slots=slots,
+            executor=executor,  # type: ignore[arg-type]
+        )
+        calls[name] = functools.partial(run, parameters, case.requests, key, plan)
+        first[name] = jax.block_until_ready(calls[name]())
+    turns = {name: functools.partial(profiling.timed, call, 1) for name, call in calls.items()}
+    taken = profiling.round_robin(turns, repeats)
+    reference = first["masked"][0]
+    ideal = ideal_ratio(case, reference)
+    rows = []
+    for name in EXECUTORS:
+        made, spent = first[name]
+        wall = [own.wall / fixed.wall for own, fixed in zip(taken[name], taken["fixed"], strict=True)]
+        cpu = [own.cpu / fixed.cpu for own, fixed in zip(taken[name], taken["fixed"], strict=True)]
+        same = np.asarray((made.ids == reference.ids).all(axis=1) & (made.lengths == reference.lengths))
+        rows.append(
+            {"executor": name, **case.named, "batch": slots, "slots": slots, "requests": len(same)}
+            | {
+                "ideal_ratio": 1.0 if name == "fixed" else ideal,
+                "ratio_to_fixed": statistics.median(wall),
+                "ratio_least": min(wall),
+                "ratio_most": max(wall),
+                "cpu_ratio_to_fixed": statistics.median(cpu),
+                "seconds": statistics.median(own.wall for own in taken[name]),
+                "ticks": int(spent[0]),
+                "exit_rows": int(spent[1]),
+                "us_per_tick": 1e6 * statistics.median(own.wall for own in taken[name]) / int(spent[0]),
+                "us_per_tick_fixed": 1e6
+                * statistics.median(own.wall for own in taken["fixed"])
+                / int(first["fixed"][1][0]),
+                "new_tokens": int(made.lengths.sum()),
+                "mean_steps": float(made.depth.sum() / made.lengths.sum()),
+                "tokens_equal": None if name == "fixed" else bool(same.all()),
+                "divergences": None if name == "fixed" else int((~same).sum()),
+                "accuracy": None if case.correct is None else case.correct(made),
+            }
+        )
+    return rows
+
+
+def ideal_ratio(case: Asked, made: Any) -> float:
+    """FLOPs of the lanes' own steps over those of K steps each, all else alike."""
+    prompts, new = case.requests.lengths, made.lengths
+    lanes = np.asarray(prompts + new - 1)
+    keys = float(((lanes + 1) / 2 * lanes).sum() / lanes.sum())
+    cost = compute.parts(case.config, case.shape, case.rule.needs, keys)
+    step = compute.thinking(case.config, case.shape, case.rule, keys).forward
+    prompts_think = bool(np.asarray(made.prompt_depth).any())
+    thinking = float(new.sum() + (prompts_think and (prompts - 1).sum()))
+    steps = float(made.depth.sum() + made.prompt_depth.sum())
+    rest = lanes.sum() * cost.begin.forward + thinking * cost.finish.forward + float(new.sum()) * cost.logits.forward
+    return float((steps * step + rest) / (thinking * case.config.steps * step + rest))
