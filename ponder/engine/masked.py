@@ -33,7 +33,9 @@ Observe = Callable[[Moment], Any]
 _inside_a_step: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_a_step", default=False)
 
 
-class _Loop(NamedTuple):
+class Loop(NamedTuple):
+    """What is carried from step to step."""
+
     state: State
     context: Any
     carry: Carry
@@ -98,58 +100,25 @@ def masked(
         )
     if layer_dropout and freeze:
         raise UserError("layer dropout is for training with freeze off: a step that is left out has no keys to keep")
-    lanes = mask.shape
-    mixing = rule.mixes == "states"
 
-    def body(loop: _Loop, k: int | jax.Array) -> tuple[_Loop, tuple[jax.Array, Any]]:
-        step_key, rule_key = jax.random.split(jax.random.fold_in(key, k))
-        running = loop.running
-        token = _inside_a_step.set(True)
-        try:
-            moved, context = trajectory.step(
-                loop.state, x, before + k, loop.context, running if freeze else None, step_key
-            )
-        finally:
-            _inside_a_step.reset(token)
-        if layer_dropout:
-            skip = skips(layer_dropout, k, steps, lanes, jax.random.fold_in(step_key, 1))
-            moved = _select(skip, loop.state, moved)
-        state = _select(running, moved, loop.state) if freeze else moved
-        seen = trajectory.see(state, context, rule.needs)
-        if together is not None:
-            seen = groups.pooled(seen, together)
-        each_k = jnp.full(lanes, k, jnp.int32)
-        last = each_k == steps
-        carry, halt = rule(loop.carry, seen, each_k, last, rule_key)
-        stop = halt.stop if together is None else groups.decided(halt.stop, together, rule.needs)
-        if freeze:  # a stop is final here, so it is the lane's last step: ask again for its remaining mass
-            _, halt = rule(loop.carry, seen, each_k, last | stop, rule_key)
-        counts = running if freeze else mask
-        weight = jnp.where(counts, halt.weight, 0.0)
-        cost = jnp.where(counts, halt.cost, 0.0)
-        stop = stop & running
-        halt = Halt(weight=weight, stop=stop, cost=cost)
-        if mixing:
-            result = jax.tree.map(
-                lambda total, leaf: total + _spread(weight, leaf) * leaf.astype(jnp.float32), loop.result, state
-            )
-        else:
-            result = _select(stop, state, loop.result)
-        observed = None if observe is None else observe(Moment(state, context, k, seen, carry, halt))
-        after = _Loop(
-            state, context, carry, running & ~stop, result, loop.cost + cost, loop.steps + running.astype(jnp.int32)
+    def body(loop: Loop, k: int | jax.Array) -> tuple[Loop, tuple[jax.Array, Any]]:
+        return advance(
+            trajectory,
+            rule,
+            x,
+            loop,
+            k,
+            key,
+            steps=steps,
+            mask=mask,
+            together=together,
+            freeze=freeze,
+            observe=observe,
+            before=before,
+            layer_dropout=layer_dropout,
         )
-        return after, (weight, observed)
 
-    loop = _Loop(
-        state=state,
-        context=context,
-        carry=rule.init(lanes, steps, jax.eval_shape(lambda: trajectory.see(state, context, rule.needs))),
-        running=mask,
-        result=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state) if mixing else state,
-        cost=jnp.zeros(lanes, jnp.float32),
-        steps=jnp.zeros(lanes, jnp.int32),
-    )
+    loop = begun(trajectory, rule, state, context, mask, steps)
     if unroll:
         outs = []
         for k in range(1, steps + 1):
@@ -163,6 +132,79 @@ def masked(
         loop, (weight, observed) = jax.lax.scan(scanned, loop, jnp.arange(1, steps + 1, dtype=jnp.int32))
     result = jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype), loop.result, state)
     return Ran(result, observed, weight, loop.cost, loop.steps, loop.context)
+
+
+def begun(
+    trajectory: Trajectory, rule: Rule, state: State, context: Any, mask: Bool[jax.Array, "*n"], steps: int
+) -> Loop:
+    """Before the first of `steps` steps."""
+    return Loop(
+        state=state,
+        context=context,
+        carry=rule.init(mask.shape, steps, jax.eval_shape(lambda: trajectory.see(state, context, rule.needs))),
+        running=mask,
+        result=(
+            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state) if rule.mixes == "states" else state
+        ),
+        cost=jnp.zeros(mask.shape, jnp.float32),
+        steps=jnp.zeros(mask.shape, jnp.int32),
+    )
+
+
+def advance(
+    trajectory: Trajectory,
+    rule: Rule,
+    x: jax.Array,
+    loop: Loop,
+    k: int | jax.Array,
+    key: jax.Array,
+    *,
+    steps: int,
+    mask: Bool[jax.Array, "*n"],
+    together: Bool[jax.Array, "B T T"] | None,
+    freeze: bool,
+    observe: Observe | None = None,
+    before: int | jax.Array = 0,
+    layer_dropout: float = 0.0,
+) -> tuple[Loop, tuple[Float[jax.Array, "*n"], Any]]:
+    """Step `k` of `steps` on every lane: the loop after it, the lanes' weights of this step, and what was observed."""
+    lanes = mask.shape
+    step_key, rule_key = jax.random.split(jax.random.fold_in(key, k))
+    running = loop.running
+    token = _inside_a_step.set(True)
+    try:
+        moved, context = trajectory.step(loop.state, x, before + k, loop.context, running if freeze else None, step_key)
+    finally:
+        _inside_a_step.reset(token)
+    if layer_dropout:
+        skip = skips(layer_dropout, k, steps, lanes, jax.random.fold_in(step_key, 1))
+        moved = _select(skip, loop.state, moved)
+    state = _select(running, moved, loop.state) if freeze else moved
+    seen = trajectory.see(state, context, rule.needs)
+    if together is not None:
+        seen = groups.pooled(seen, together)
+    each_k = jnp.full(lanes, k, jnp.int32)
+    last = each_k == steps
+    carry, halt = rule(loop.carry, seen, each_k, last, rule_key)
+    stop = halt.stop if together is None else groups.decided(halt.stop, together, rule.needs)
+    if freeze:  # a stop is final here, so it is the lane's last step: ask again for its remaining mass
+        _, halt = rule(loop.carry, seen, each_k, last | stop, rule_key)
+    counts = running if freeze else mask
+    weight = jnp.where(counts, halt.weight, 0.0)
+    cost = jnp.where(counts, halt.cost, 0.0)
+    stop = stop & running
+    halt = Halt(weight=weight, stop=stop, cost=cost)
+    if rule.mixes == "states":
+        result = jax.tree.map(
+            lambda total, leaf: total + _spread(weight, leaf) * leaf.astype(jnp.float32), loop.result, state
+        )
+    else:
+        result = _select(stop, state, loop.result)
+    observed = None if observe is None else observe(Moment(state, context, k, seen, carry, halt))
+    after = Loop(
+        state, context, carry, running & ~stop, result, loop.cost + cost, loop.steps + running.astype(jnp.int32)
+    )
+    return after, (weight, observed)
 
 
 def _spread(lane: jax.Array, leaf: jax.Array) -> jax.Array:

@@ -16,16 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from ponder.engine.slots import Engine, Left, Loop, Slots, first
+from ponder.engine.rows import first
+from ponder.engine.slots import Engine, Left, Loop, Slots
 from ponder.errors import UserError
 from ponder.models.cached import Cache
-
-
-def widths_for(slots: int) -> tuple[int, ...]:
-    """A ladder in sixteenths up to half of the slots, then all of them: about a quarter of the slots stop at a tick
-    where lanes take four steps in the mean."""
-    step = max(1, slots // 16)
-    return (*range(step, slots // 2 + 1, step), slots) if slots > 1 else (1,)
 
 
 def check_widths(widths: tuple[int, ...], slots: int) -> None:

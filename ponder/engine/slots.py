@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ponder.engine.control import SAMPLED, Control
 from ponder.engine.rollout import Requests, Rollout
+from ponder.engine.rows import first
 from ponder.engine.sampling import Sampling
 from ponder.models.cached import Cache, Decoder, KeysValues, put
 from ponder.models.layers import separated
@@ -401,11 +402,3 @@ def _where(which: Bool[Array, "n"], new: jax.Array, old: jax.Array) -> jax.Array
 def _by_layer(shown: Any) -> list[KeysValues]:
     """The core's keys and values, a pair a layer, in whichever form a context holds them."""
     return shown if isinstance(shown, list) else separated(shown)
-
-
-def first(which: Bool[Array, "B"], many: int) -> tuple[Int[Array, "A"], Bool[Array, "A"]]:
-    """Indices of the first `many` that are so, and whether there are as many."""
-    count = len(which)
-    place = jnp.where(which, jnp.cumsum(which) - 1, count)
-    rows = jnp.zeros(many, jnp.int32).at[place].set(jnp.arange(count, dtype=jnp.int32), mode="drop")
-    return rows, jnp.arange(many) < which.sum()

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ponder.models.config import Backend
 
@@ -29,3 +30,24 @@ class Context:
     """The core's parameters, cut into layers once where steps are written out; None where they are scanned over."""
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
     backend: Backend = dataclasses.field(default="xla", metadata={"static": True})
+
+    def take(self, rows: jax.Array) -> Context:
+        """Of these rows of the batch alone. `core` stays as it is."""
+        axis = 0 if isinstance(self.shown, list) else 1  # a stack of layers has the rows second
+        return dataclasses.replace(
+            self,
+            segments=self.segments[rows],
+            mask=self.mask[rows],
+            cosine=self.cosine[rows],
+            sine=self.sine[rows],
+            shown=jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=axis), self.shown),
+        )
+
+    def put(self, rows: jax.Array, part: Context) -> Context:
+        """With what `part`, of these rows, shows; a row beyond the last is dropped."""
+
+        def one(whole: jax.Array, new: jax.Array) -> jax.Array:
+            at = whole.at[rows] if isinstance(self.shown, list) else whole.at[:, rows]
+            return at.set(new, mode="drop", unique_indices=True)
+
+        return dataclasses.replace(self, shown=jax.tree.map(one, self.shown, part.shown))
