@@ -40,11 +40,13 @@ class Replay:
         return self
 
     def init(self, lanes: tuple[int, ...], steps: int, seen: Seen) -> Carry:
-        return self.rule.init(lanes, steps, seen)
+        """The rule's own memory, and each lane's steps: an executor that moves lanes moves these with them."""
+        return self.rule.init(lanes, steps, seen), self.steps
 
     def __call__(
         self, carry: Carry, seen: Seen, k: Int[jax.Array, "*n"], last: Bool[jax.Array, "*n"], key: jax.Array
     ) -> tuple[Carry, Halt]:
-        last = last | (k >= self.steps)
-        carry, halt = self.rule(carry, seen, k, last, key)
-        return carry, halt._replace(stop=last)
+        own, steps = carry
+        last = last | (k >= steps)
+        own, halt = self.rule(own, seen, k, last, key)
+        return (own, steps), halt._replace(stop=last)
