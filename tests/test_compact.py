@@ -65,12 +65,17 @@ def problem(case: str) -> tuple[Any, Any, dict[str, Any], Any]:
     return model, rule, {"x": x, "state": state, "context": context, "mask": mask, "together": group}, segments
 
 
-@pytest.mark.parametrize("widths", [None, (1, 2, 9), (9,)])
+@pytest.mark.parametrize("widths", [None, (2, 9)])
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_reference(case: str, widths: tuple[int, ...] | None) -> None:
     model, rule, given, _ = problem(case)
-    expected = masked(model, rule, key=jax.random.key(3), freeze=True, **given)
-    found = compact(model, rule, key=jax.random.key(3), widths=widths, **given)
+    key = jax.random.key(3)
+    expected, found = jax.jit(
+        lambda: (
+            masked(model, rule, key=key, freeze=True, unroll=False, **given),
+            compact(model, rule, key=key, widths=widths, **given),
+        )
+    )()
     np.testing.assert_array_equal(found.steps, expected.steps)
     for one, other in zip(jax.tree.leaves(found.state), jax.tree.leaves(expected.state), strict=True):
         lanes = given["mask"].reshape(*given["mask"].shape, *(1,) * (one.ndim - given["mask"].ndim))
