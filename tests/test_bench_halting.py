@@ -1,0 +1,111 @@
+"""What `bench halting` measures: the same tokens by every executor, ideals by hand, exits as they are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+import ponder
+from ponder import bench, bench_halting, compute
+from ponder.bench_halting import Options
+from ponder.errors import UserError
+from ponder.models.config import Transformer
+from ponder.tasks.parity import Parity
+
+as_users_run = tiny.as_users_run
+SMALL = Options(
+    models=("core", "prelude+coda"),
+    exits=("geometric", "none"),
+    slots=(3,),
+    requests=2,
+    prompt=(2, 4),
+    new=(2, 3),
+    d_model=16,
+    steps=3,
+)
+
+
+def test_every_executor_on_every_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "rows.json"
+    assert bench.body(bench.Options("halting", repeats=1, output=str(output), halting=SMALL)) == 0
+    written = json.loads(output.read_text())
+    rows = written["rows"]
+    assert {"commit", "hardware", "versions"} <= set(written)
+    assert [row["executor"] for row in rows] == list(bench_halting.EXECUTORS) * 4
+    for row in rows:
+        assert row["requests"] == 6 and row["slots"] == row["batch"] == 3 and row["accuracy"] is None
+        if row["executor"] == "fixed":
+            assert row["ratio_to_fixed"] == row["ideal_ratio"] == 1.0
+            assert row["mean_steps"] == 3 and row["ticks"] % 3 == 0
+        else:
+            assert row["tokens_equal"] and row["divergences"] == 0
+            assert row["ideal_ratio"] == 1.0 if row["exits"] == "none" else 0 < row["ideal_ratio"] < 1
+        assert row["ratio_least"] <= row["ratio_to_fixed"] <= row["ratio_most"]
+    ticks = {row["executor"]: row["ticks"] for row in rows if (row["model"], row["exits"]) == ("core", "geometric")}
+    assert ticks["refill"] < ticks["sync"] <= ticks["masked"] == ticks["fixed"]
+    shown = capsys.readouterr().out
+    assert "prelude+coda" in shown and "refill" in shown
+
+
+def test_the_ideal_counts_what_the_lanes_need() -> None:
+    """Core and head, every lane by itself: begin, own steps and a readout, over begin, K steps and a readout."""
+    [case, _] = bench_halting.made_up(Options(**vars(SMALL) | {"models": ("core",), "exits": ("geometric", "none")}), 3)
+    made, _ = bench_halting.generate.generate(
+        case.model, case.rule, case.requests, bench_halting.jax.random.key(0), length=case.length, slots=3
+    )
+    plan = np.asarray(case.plan)
+    lengths, new = np.asarray(case.requests.lengths), np.asarray(case.requests.limits)
+    depth = [plan[i, lengths[i] - 1 : lengths[i] - 1 + new[i]] for i in range(6)]
+    depths = np.zeros_like(made.ids)
+    for i in range(6):
+        depths[i, : new[i]] = depth[i]
+    made = made._replace(depth=depths)
+    lanes = lengths + new - 1
+    keys = sum(n * (n + 1) / 2 for n in lanes) / lanes.sum()
+    cost = compute.parts(case.config, case.shape, frozenset(), keys)
+    rest = lanes.sum() * cost.begin.forward + new.sum() * (cost.finish + cost.logits).forward
+    steps = sum(map(sum, depth))
+    expected = (steps * cost.step.forward + rest) / (3 * new.sum() * cost.step.forward + rest)
+    assert bench_halting.ideal_ratio(case, made) == pytest.approx(expected, rel=1e-6)
+
+
+def test_exits_are_what_they_are_called() -> None:
+    draw = np.random.default_rng(0)
+    for exits, mean in (("geometric", 3.96), ("bimodal", 4.0), ("straggler", 4.0), ("none", 16.0)):
+        plan = bench_halting.depths(draw, exits, 400, 50, 16)  # type: ignore[arg-type]
+        assert plan.shape == (400, 50) and plan.min() >= 1 and plan.max() <= 16
+        assert plan[1:].mean() == pytest.approx(mean, abs=0.1)
+    assert set(np.unique(bench_halting.depths(draw, "bimodal", 40, 50, 16))) == {2, 16}
+    assert (bench_halting.depths(draw, "straggler", 40, 50, 16)[0] == 16).all()
+
+
+def test_a_trained_run_answers_its_test_questions(tmp_path: Path) -> None:
+    config = tiny.config(model__kv="first")
+    ponder.train(config, tmp_path / "w")
+    rows = bench_halting.bench(Options(workdir=str(tmp_path / "w"), slots=(2,), requests=2), 1)
+    accuracy = {row["executor"]: row["accuracy"] for row in rows}
+    assert accuracy["refill"] == accuracy["masked"] == accuracy["sync"] is not None
+    assert {row["exits"] for row in rows} == {"quantile"} and all(row["requests"] == 4 for row in rows)
+    prompts, answers = bench_halting.questions(config.task, "test", 4)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert config.task.verify(config.task.decode(prompt), config.task.decode(answer))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"slots": (0,)}, "at least 1"), ({"requests": 0}, "at least 1"), ({"workdir": "nowhere"}, "nowhere")],
+)
+def test_bad_input_is_one_line(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        bench_halting.bench(Options(**vars(SMALL) | change), 1)
+
+
+def test_what_cannot_be_decoded_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has 4 questions"):
+        bench_halting.questions(tiny.CONFIG.task, "test", 10_000)
+    assert not Parity().predicts_next and isinstance(tiny.CONFIG.model, Transformer)
