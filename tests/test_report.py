@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -256,6 +257,23 @@ def test_a_claim_says_that_training_was_unequal() -> None:
     first, second = table.claims(lines_of(entries))
     assert first.startswith("pondernet, exit quantile: better than fixed depth at equal inference FLOPs but unequal ")
     assert "but unequal training FLOPs" in first and "but unequal training FLOPs" in second
+
+
+def test_a_first_stage_of_another_seed_makes_no_other_arm(tmp_path: Path) -> None:
+    """Of other settings it does: then the folders tell the arms apart."""
+    entries = synthetic.results_of("pondernet", 3)
+    for entry in entries:
+        entry["config"]["start"] = {"run": {"seed": entry["seed"], "name": "first", "optim": {"lr": 1e-3}}}
+    folder = tmp_path / "staged"
+    folder.mkdir()
+
+    def arms() -> set[str]:
+        (folder / runs.RUNS).write_text("".join(json.dumps(entry | {"arm": "staged"}) + "\n" for entry in entries))
+        return {run.arm for run in runs.load([folder])}
+
+    assert arms() == {"staged"}
+    entries[0]["config"]["start"]["run"]["optim"] = {"lr": 1e-2}
+    assert arms() == {"staged (staged)"}
 
 
 def test_a_routed_model_is_no_fixed_depth_whatever_its_rule() -> None:

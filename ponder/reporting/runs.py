@@ -197,5 +197,14 @@ def _distinct(runs: Sequence[Run]) -> list[Run]:
 
 
 def _settings(run: Run) -> str:
+    return json.dumps(_without_seeds(run.config), sort_keys=True)
+
+
+def _without_seeds(config: Row) -> Row:
+    """What makes an arm: all but what differs from seed to seed or changes no result, in a first stage, too."""
     skipped = ("seed", "seeds", "sweep", "name", "logging", "checkpoint", "mesh")
-    return json.dumps({name: value for name, value in run.config.items() if name not in skipped}, sort_keys=True)
+    kept = {name: value for name, value in config.items() if name not in skipped}
+    start = kept.get("start")
+    if start and start.get("run"):
+        kept["start"] = start | {"run": _without_seeds(start["run"])}
+    return kept
