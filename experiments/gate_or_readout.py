@@ -13,7 +13,8 @@ Quick:  python -m ponder.train  --config=experiments/gate_or_readout.py:smoke --
 Cost of the table: 55 runs, 2.91 core-hours of a busy AMD EPYC (the quickest runs took 41 s on a core). It gave (five
 seeds): a depth of two steps is exact and cheaper than any other exit above 0.95; readouts of `supervised` 0.9926 to
 0.9972 at 2.4 to 4.9 steps, no learned head better than they.
-With `:task=chains` it is chains, which no arm learns at these settings yet (LOG.md).
+With `:task=chains` it is chains of up to four operations. That table is not whole yet (results/chains has its first
+rows); in a pilot one core step was as right as eight (LOG.md).
 """
 
 import dataclasses

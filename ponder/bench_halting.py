@@ -79,10 +79,20 @@ class Asked(NamedTuple):
 
 def bench(options: Options, repeats: int) -> list[Row]:
     """A row for each executor on each case. Raises UserError where options do not fit."""
-    if min(options.slots) < 1 or options.requests < 1:
-        raise UserError("--slots and --requests must be at least 1")
     if repeats < 1:
         raise UserError("--repeats must be at least 1")
+    for name in ("models", "kv", "exits", "slots"):
+        if not getattr(options, name):
+            raise UserError(f"--halting.{name} is empty: name at least one")
+    for name in ("requests", "d_model", "steps"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--halting.{name}={getattr(options, name)}: must be at least 1")
+    if min(options.slots) < 1:
+        raise UserError(f"--halting.slots={min(options.slots)}: must be at least 1")
+    for name in ("prompt", "new"):
+        fewest, most = getattr(options, name)
+        if not 1 <= fewest <= most:
+            raise UserError(f"--halting.{name}={fewest} {most}: must be at least 1, and rise")
     cases = [
         (slots, case)
         for slots in options.slots

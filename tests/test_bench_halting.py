@@ -98,7 +98,15 @@ def test_a_trained_run_answers_its_test_questions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"slots": (0,)}, "at least 1"), ({"requests": 0}, "at least 1"), ({"workdir": "nowhere"}, "nowhere")],
+    [
+        ({"slots": (0,)}, "slots=0: must be at least 1"),
+        ({"slots": ()}, "slots is empty"),
+        ({"exits": ()}, "exits is empty"),
+        ({"requests": 0}, "requests=0: must be at least 1"),
+        ({"prompt": (4, 2)}, "prompt=4 2: must be"),
+        ({"new": (0, 2)}, "new=0 2: must be"),
+        ({"workdir": "nowhere"}, "nowhere"),
+    ],
 )
 def test_bad_input_is_one_line(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):

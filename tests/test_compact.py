@@ -119,7 +119,11 @@ def test_a_ladder_holds_every_number_of_rows() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"widths": (2, 1, 9)}, "must rise"), ({"widths": (1, 8)}, "end with the rows"), ({"steps": 0}, "at least 1")],
+    [
+        ({"widths": (2, 1, 9)}, "must rise"),
+        ({"widths": (1, 8)}, "end with the number of rows"),
+        ({"steps": 0}, "at least 1"),
+    ],
 )
 def test_bad_input_is_one_line(change: Any, message: str) -> None:
     model, rule, given, _ = problem("first")

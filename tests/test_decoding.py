@@ -291,7 +291,7 @@ def test_no_cache_is_copied_within_the_loop() -> None:
         (lambda: requests([[1]], new=1, length=4, vocabulary=3, samples=0), "samples=0"),
         (lambda: answered(asked_of(), slots=0), "slots=0"),
         (lambda: answered(asked_of(), together=4), r"together=4: must be in 1\.\.3"),
-        (lambda: answered(asked_of(), widths=(1, 2)), "end with the number of slots, 3"),
+        (lambda: answered(asked_of(), widths=(1, 2)), "end with the number of rows, 3"),
         (lambda: answered(asked_of(), control=Free(stop=(11,))), "stop token 11: the vocabulary has ids 0 to 10"),
         (lambda: answered(asked_of(), control=Insist((1,), ())), "insisting needs"),
         (lambda: answered(asked_of(), built(dataclasses.replace(MODEL, causal=False))), "needs a causal model"),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Int
 
 from ponder.engine.masked import Loop, advance, begun
-from ponder.engine.rows import first, widths_for
+from ponder.engine.rows import check_widths, first, widths_for
 from ponder.errors import UserError
 from ponder.protocols import Ran, Rule, State, Trajectory
 
@@ -43,8 +43,7 @@ def compact(
         raise UserError(f"{steps} thinking steps: at least 1 is needed")
     count = mask.shape[0]
     widths = widths_for(count) if widths is None else widths
-    if list(widths) != sorted(set(widths)) or widths[0] < 1 or widths[-1] != count:
-        raise UserError(f"widths={widths}: must rise, from 1 on, and end with the rows of the batch, {count}")
+    check_widths(widths, count)
     weights = jnp.zeros((steps, *mask.shape), jnp.float32)
 
     def row_runs(loop: Loop) -> Bool[jax.Array, "B"]:

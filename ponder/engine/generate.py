@@ -14,9 +14,9 @@ from flax import nnx
 
 from ponder.engine.control import Control, Free
 from ponder.engine.lockstep import lockstep
-from ponder.engine.refill import check_widths, refill
+from ponder.engine.refill import refill
 from ponder.engine.rollout import Requests, Rollout, Spent
-from ponder.engine.rows import widths_for
+from ponder.engine.rows import check_widths, widths_for
 from ponder.engine.sampling import Sampling
 from ponder.engine.slots import Engine
 from ponder.errors import UserError

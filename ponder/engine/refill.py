@@ -16,16 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from ponder.engine.rows import first
+from ponder.engine.rows import check_widths, first
 from ponder.engine.slots import Engine, Left, Loop, Slots
-from ponder.errors import UserError
 from ponder.models.cached import Cache
-
-
-def check_widths(widths: tuple[int, ...], slots: int) -> None:
-    """Raises UserError where the ladder does not hold every number of slots that may stop."""
-    if not widths or list(widths) != sorted(set(widths)) or widths[0] < 1 or widths[-1] != slots:
-        raise UserError(f"widths={widths}: must rise, from 1 on, and end with the number of slots, {slots}")
 
 
 def refill(engine: Engine, new: int, widths: tuple[int, ...]) -> Loop:

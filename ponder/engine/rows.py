@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from ponder.errors import UserError
+
 
 def first(which: Bool[Array, "B"], many: int) -> tuple[Int[Array, "A"], Bool[Array, "A"]]:
     """Indices of the first `many` rows that are so, in order, and whether there are as many; 0 where there are not."""
@@ -19,3 +21,9 @@ def widths_for(count: int) -> tuple[int, ...]:
     rows run."""
     step = max(1, count // 16)
     return tuple(sorted({*range(step, count // 2 + 1, step), max(1, 3 * count // 4), count}))
+
+
+def check_widths(widths: tuple[int, ...], count: int) -> None:
+    """Raises UserError where the ladder does not hold every number of `count` rows."""
+    if not widths or list(widths) != sorted(set(widths)) or widths[0] < 1 or widths[-1] != count:
+        raise UserError(f"widths={widths}: must rise, from 1 on, and end with the number of rows, {count}")
