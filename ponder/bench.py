@@ -1,7 +1,7 @@
 """Throughput.
 
     python -m ponder.bench train [--repeats=5] [--output=F] [--peer="PYTHON benchmarks/hf_llama.py"]
-    python -m ponder.bench halting [--repeats=5] [--output=F] [--halting.workdir=W | --halting.exits=geometric,none]
+    python -m ponder.bench halting [--repeats=5] [--output=F] [--workdir=W | --exits=geometric,none]
 
 train: tokens per second, compile time, memory and achieved FLOP/s of a whole training step (forward, backward, AdamW)
 of one decoder: width 256, 6 layers, 4 heads, SwiGLU 704, 512 tokens, sequence 128, batch 32, fp32. The row `unrolled`
@@ -25,7 +25,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(bench_halting.Options):
     command: tyro.conf.Positional[Literal["train", "halting"]]
     """What to measure."""
     repeats: int = 5
@@ -66,7 +66,6 @@ class Options:
     """Write the rows as JSON here."""
     peer: str | None = None
     """Command of a twin that takes turns with the rows of `train`; see benchmarks/hf_llama.py."""
-    halting: bench_halting.Options = field(default_factory=bench_halting.Options)
 
 
 @dataclass(frozen=True)
@@ -337,7 +336,7 @@ def body(options: Options) -> int:
         rows = bench_train(options, ROWS)
         show(rows)
     else:
-        rows = bench_halting.bench(options.halting, options.repeats)
+        rows = bench_halting.bench(options, options.repeats)
         show_halting(rows)
     if options.output:
         about = {

@@ -41,9 +41,9 @@ MEAN = 4.0
 """Steps of a lane where exits are made up."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """Of `ponder.bench halting`."""
+    """Of `ponder.bench halting` alone."""
 
     workdir: str | None = None
     """A trained run that is asked its task's test questions. Default: a model with random weights, exits made up."""
@@ -83,16 +83,16 @@ def bench(options: Options, repeats: int) -> list[Row]:
         raise UserError("--repeats must be at least 1")
     for name in ("models", "kv", "exits", "slots"):
         if not getattr(options, name):
-            raise UserError(f"--halting.{name} is empty: name at least one")
+            raise UserError(f"--{name} is empty: name at least one")
     for name in ("requests", "d_model", "steps"):
         if getattr(options, name) < 1:
-            raise UserError(f"--halting.{name}={getattr(options, name)}: must be at least 1")
+            raise UserError(f"--{name}={getattr(options, name)}: must be at least 1")
     if min(options.slots) < 1:
-        raise UserError(f"--halting.slots={min(options.slots)}: must be at least 1")
+        raise UserError(f"--slots={min(options.slots)}: must be at least 1")
     for name in ("prompt", "new"):
         fewest, most = getattr(options, name)
         if not 1 <= fewest <= most:
-            raise UserError(f"--halting.{name}={fewest} {most}: must be at least 1, and rise")
+            raise UserError(f"--{name}={fewest} {most}: must be at least 1, and rise")
     cases = [
         (slots, case)
         for slots in options.slots

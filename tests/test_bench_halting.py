@@ -32,7 +32,7 @@ SMALL = Options(
 
 def test_every_executor_on_every_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "rows.json"
-    assert bench.body(bench.Options("halting", repeats=1, output=str(output), halting=SMALL)) == 0
+    assert bench.body(bench.Options("halting", repeats=1, output=str(output), **vars(SMALL))) == 0
     written = json.loads(output.read_text())
     rows = written["rows"]
     assert {"commit", "hardware", "versions"} <= set(written)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ponder import ablate, cli, compute, evaluate, train
+from ponder import ablate, bench, cli, compute, evaluate, train
 from ponder import report as reports
 from ponder.config import Config, validate
 from ponder.halting import RULES
@@ -32,6 +32,7 @@ HEADINGS = (
 MAINS: dict[str, tuple[type, cli.Takes]] = {
     "train": (train.Options, "config"),
     "ablate": (ablate.Options, "experiment"),
+    "bench": (bench.Options, "options"),
     "evaluate": (evaluate.Options, "options"),
     "report": (reports.Options, "options"),
 }
