@@ -33,7 +33,7 @@ def get_config(
 def of_arm(arm: str, seed: int, n: int, hops: int, train_steps: int, smoke: bool) -> Config:
     return Config(
         name=f"hop-{arm}",
-        task=Hop(n=16 if smoke else n, hops=2 if smoke else hops, train_rows=20_000 if smoke else 500_000),
+        task=Hop(n=16 if smoke else n, hops=2 if smoke else hops, every=True, train_rows=20_000 if smoke else 500_000),
         model=Transformer(
             steps=1 if arm == "one" else 2 if smoke else BLOCKS,
             d_model=64,

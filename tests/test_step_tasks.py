@@ -32,6 +32,7 @@ TASKS = [
     Chains(every=True, **ROWS),
     HOP,
     Hop(mixed=False, **ROWS),
+    Hop(n=24, alphabet=3, hops=3, max_hops=5, every=True, **ROWS),
     Hop(n=256, hops=16, train_rows=300, evaluation_rows=300),
     SUMS,
     Sums(base=2, digits=5, operands=3, max_operands=5, **ROWS),
@@ -81,7 +82,7 @@ def chain(task: Chains, question: str) -> tuple[str, int]:
 
 def hops(task: Hop, question: str) -> tuple[str, int]:
     """The definition, one position after the other."""
-    letters = question.rstrip("?")
+    letters = question.strip("?")
     asked, position = len(question) - len(letters), len(letters) - 1
     for _ in range(asked):
         position = max(j for j in range(1, position + 1) if letters[j - 1] == letters[position])
@@ -128,7 +129,9 @@ ORACLES: dict[type, Callable[..., tuple[str, int]]] = {
 def test_answers_and_difficulties_by_the_oracle(task: Task, split: str) -> None:
     for question, answer, labels in texts(task, split):
         right, steps = ORACLES[type(task)](task, question)
-        if getattr(task, "every", False):  # of the answers so far, those that are asked for
+        if isinstance(task, Hop):
+            answer = answer[-1]  # those before are checked below
+        elif getattr(task, "every", False):  # of the answers so far, those that are asked for
             right = " ".join(right.split()[label - 1] for label in labels)
         assert (answer, labels[-1]) == (right, steps), question
 
@@ -179,7 +182,7 @@ def canonical(task: Task, question: str) -> object:
         values = [[eval(f"{value}{operation}") % task.modulus for value in (0, 1)] for operation in operations]
         return start, str(values)
     if isinstance(task, Hop):
-        return question.rstrip("?")
+        return question.strip("?")
     if isinstance(task, Sums):
         return tuple(sorted(question.split("=")[0].split("+")))
     return question
@@ -296,8 +299,8 @@ def test_hops_by_hand() -> None:
     assert "\n" not in str(caught.value)
     # A double letter leads to itself.
     assert task.verify("abcdacbb?", "b")
-    assert hop.landings(np.array([[0, 1, 2, 0, 3, 0, 2, 1]]), 3).tolist() == [[7, 2, 0, 0]]
-    assert hop.landings(np.array([[0, 1, 0, 1, 0, 1]]), 5).tolist() == [[5, 4, 3, 2, 1, 0]]
+    assert hop.landings(np.array([[0, 1, 2, 0, 3, 0, 2, 1]]), 3)[0, :, -1].tolist() == [7, 2, 0, 0]
+    assert hop.landings(np.array([[0, 1, 0, 1, 0, 1]]), 5)[0, :, -1].tolist() == [5, 4, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("split", ["train", "test", "extrapolation"])
@@ -306,6 +309,24 @@ def test_neighbours_differ_and_the_most_hops_are_defined(split: str) -> None:
         letters = text.question.rstrip("?")
         assert all(a != b for a, b in itertools.pairwise(letters))
         hops(HOP, letters + "?" * 5)  # raises ValueError where one is undefined
+
+
+def test_every_letter_whose_hops_are_defined_has_a_target_in_train_and_the_last_alone_elsewhere() -> None:
+    task = Hop(n=24, alphabet=3, hops=3, max_hops=5, every=True, **ROWS)
+    for split in task.splits:
+        rows = all_rows(task, split)
+        for inputs, targets, weights in zip(rows.inputs[:200], rows.targets, rows.weights, strict=False):
+            question = task.decode(inputs.tolist())
+            marks = question.rindex("?") + 1
+            for end in range(len(inputs)):
+                try:
+                    answer, _ = hops(task, question[: end + 1]) if marks <= end < marks + task.n else (None, 0)
+                except ValueError:
+                    answer = None
+                if split != "train" and end != marks + task.n - 1:
+                    answer = None
+                assert weights[end] == (answer is not None)
+                assert answer is None or task.decode([int(targets[end])]) == answer
 
 
 def test_hops_are_drawn_evenly() -> None:
@@ -416,6 +437,7 @@ def test_an_extrapolation_split_no_harder_than_training_is_refused(make: Callabl
         (lambda: HOP.encode("abd" * 8 + "?"), "must be 24 of the letters a to c"),
         (lambda: HOP.encode("abc" * 8), "up to 5 hops"),
         (lambda: HOP.verify("abc" * 8 + "??????", "a"), "up to 5 hops"),
+        (lambda: dataclasses.replace(HOP, every=True).encode("abc" * 8 + "?"), 'after a "?" for each of up to 5 hops'),
         (lambda: Sums(base=1), "must be in 2..36"),
         (lambda: Sums(base=37), "must be in 2..36"),
         (lambda: Sums(digits=0), "digits=0: must be at least 1"),

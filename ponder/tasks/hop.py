@@ -12,8 +12,8 @@ letter would lead nowhere. Of these sequences those stay where `most_hops` hops 
 sequence says nothing about p.
 
 Difficulty is p. One hop after the other takes p steps, doubling the length of known hops log2 p (Sanford et al.). The
-question ends with p marks, of which the last has the target; an id for each p would be untrained in extrapolation,
-where p is larger. Splits are by hash of the letters.
+question ends with p marks, of which the last has the target, or begins with them (`every`); an id for each p would be
+untrained in extrapolation, where p is larger. Splits are by hash of the letters.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Hop(Task):
-    """Text form: a question is n letters and p of "?", an answer is a letter."""
+    """Text form: a question is n letters and p of "?", with `every` p of "?" and n letters; an answer is a letter."""
 
     difficulty_name: ClassVar[str] = "hops"
 
@@ -53,6 +53,9 @@ class Hop(Task):
     """Extrapolation draws p from the rest up to here. None: twice `hops`."""
     mixed: bool = True
     """False: p is always `hops`, and the most hops in extrapolation."""
+    every: bool = False
+    """The marks come first, and in train every letter whose p hops are defined has a target, as Sanford et al. train.
+    Elsewhere the last letter alone has it: a beginning of these letters may well be in train."""
     train_rows: int = 500_000
     evaluation_rows: int = 8192
     """Rows of each split but train."""
@@ -93,7 +96,8 @@ class Hop(Task):
             fewest, most = most + 1, self.most_hops
         draw = functools.partial(self._draw, fewest=fewest if self.mixed else most, most=most)
         for questions in drawn(self, split, draw, lambda questions: questions[:, :-1]):
-            yield self._encode(questions[:, :-1], questions[:, -1], most)
+            encode = self._encode_every if self.every else self._encode
+            yield encode(questions[:, :-1], questions[:, -1], most, split)
 
     def _draw(self, generator: np.random.Generator, count: int, fewest: int, most: int) -> np.ndarray:
         """[up to count, n + 1] letters and U{fewest..most} hops."""
@@ -101,22 +105,35 @@ class Hop(Task):
         steps[:, 0] = generator.integers(0, self.alphabet, count)
         letters = steps.cumsum(axis=1) % self.alphabet
         hops = generator.integers(fewest, most + 1, (count, 1))
-        defined = landings(letters, self.most_hops)[:, -1] > 0
+        defined = landings(letters, self.most_hops)[:, -1, -1] > 0
         return np.concatenate([letters, hops], axis=1)[defined].astype(np.int16)
 
-    def _encode(self, letters: np.ndarray, hops: np.ndarray, most: int) -> Rows:
+    def _encode(self, letters: np.ndarray, hops: np.ndarray, most: int, split: str) -> Rows:
         row = np.arange(len(letters))
-        answer = letters[row, landings(letters, most)[row, hops]]
+        answer = letters[row, landings(letters, most)[row, hops, -1]]
         inputs = np.pad(letters, ((0, 0), (0, most)), constant_values=self.alphabet)
         lengths = self.n + hops
         weights = (np.arange(inputs.shape[1]) == lengths[:, None] - 1).astype(np.uint8)
         return padded_rows(inputs, weights * answer[:, None], weights, hops, lengths)
 
+    def _encode_every(self, letters: np.ndarray, hops: np.ndarray, most: int, split: str) -> Rows:
+        landed = landings(letters, most)[np.arange(len(letters)), hops]  # [R, n]
+        asked = landed > 0 if split == "train" else np.arange(self.n) == self.n - 1
+        # Marks, letters, padding.
+        place = np.arange(self.n + most) - hops[:, None]
+        shown = np.clip(place, 0, self.n - 1)
+        inputs = np.where(place < 0, self.alphabet, np.take_along_axis(letters, shown, axis=1))
+        answers = np.take_along_axis(letters, np.take_along_axis(landed, shown, axis=1), axis=1)
+        weights = (np.take_along_axis(np.broadcast_to(asked, landed.shape), shown, axis=1) & (place >= 0)).astype(
+            np.uint8
+        )
+        return padded_rows(inputs, weights * answers, weights, hops, self.n + hops)
+
     def verify(self, question: str, answer: str) -> bool:
         """Raises UserError where the hops asked for are undefined."""
         self._check(question)
-        letters, position = question[: self.n], self.n - 1
-        for _ in question[self.n :]:
+        letters, position = question.strip("?"), self.n - 1
+        for _ in range(question.count("?")):
             position = letters.rfind(letters[position], 0, position) + 1
             if position == 0:
                 raise UserError(f'hop question "{question}": a letter on the way has not occurred before')
@@ -136,15 +153,16 @@ class Hop(Task):
 
     def _check(self, question: str) -> None:
         last = LETTERS[self.alphabet - 1]
-        if not re.fullmatch(rf"[a-{last}]{{{self.n}}}\?{{1,{self.most_hops}}}", question):
+        letters, marks = rf"[a-{last}]{{{self.n}}}", rf"\?{{1,{self.most_hops}}}"
+        if not re.fullmatch(marks + letters if self.every else letters + marks, question):
             raise UserError(
-                f'hop question "{question}": must be {self.n} of the letters a to {last} and a "?" for each of up to '
-                f"{self.most_hops} hops"
+                f'hop question "{question}": must be {self.n} of the letters a to {last}, '
+                f'{"after" if self.every else "and"} a "?" for each of up to {self.most_hops} hops'
             )
 
 
 def landings(letters: np.ndarray, hops: int) -> np.ndarray:
-    """[R, 1 + hops] positions after 0, 1 .. hops hops from the last of the letters [R, n]; 0 from where one is
+    """[R, 1 + hops, n] positions after 0, 1 .. hops hops from each of the letters [R, n]; 0 from where one is
     undefined, as no hop leads there."""
     count, n = letters.shape
     after = np.zeros((count, n), np.int64)  # where a hop leads
@@ -152,7 +170,7 @@ def landings(letters: np.ndarray, hops: int) -> np.ndarray:
         here = letters == letter
         latest = np.maximum.accumulate(np.where(here, np.arange(1, n + 1), 0), axis=1)  # 1 + its last position so far
         after[:, 1:] += here[:, 1:] * latest[:, :-1]
-    positions = [np.full(count, n - 1)]
+    positions = [np.broadcast_to(np.arange(n), (count, n))]
     for _ in range(hops):
-        positions.append(after[np.arange(count), positions[-1]])
+        positions.append(np.take_along_axis(after, positions[-1], axis=1))
     return np.stack(positions, axis=1)
