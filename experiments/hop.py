@@ -24,7 +24,7 @@ BLOCKS = 6
 
 
 def get_config(
-    arm: str = "looped", seed: int = 0, n: int = 64, hops: int = 4, train_steps: int = 4000, smoke: bool = False
+    arm: str = "looped", seed: int = 0, n: int = 64, hops: int = 4, train_steps: int = 1500, smoke: bool = False
 ) -> Config:
     """`train_steps`: of `looped` and `deep`; `one` trains for as many FLOPs."""
     return compute.matched(*(of_arm(each, seed, n, hops, train_steps, smoke) for each in (arm, "deep")))

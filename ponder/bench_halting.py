@@ -243,10 +243,20 @@ def ideal_ratio(case: Asked, made: Any) -> float:
     prompts, new = case.requests.lengths, made.lengths
     lanes = np.asarray(prompts + new - 1)
     keys = float(((lanes + 1) / 2 * lanes).sum() / lanes.sum())
-    cost = compute.parts(case.config, case.shape, case.rule.needs, keys)
-    step = compute.thinking(case.config, case.shape, case.rule, keys).forward
     prompts_think = bool(np.asarray(made.prompt_depth).any())
     thinking = float(new.sum() + (prompts_think and (prompts - 1).sum()))
     steps = float(made.depth.sum() + made.prompt_depth.sum())
-    rest = lanes.sum() * cost.begin.forward + thinking * cost.finish.forward + float(new.sum()) * cost.logits.forward
-    return float((steps * step + rest) / (thinking * case.config.steps * step + rest))
+    own, all_steps = (
+        compute.decoding(
+            case.config,
+            case.shape,
+            case.rule,
+            lanes=float(lanes.sum()),
+            keys=keys,
+            steps=each,
+            finished=thinking,
+            written=float(new.sum()),
+        )
+        for each in (steps, thinking * case.config.steps)
+    )
+    return float(own / all_steps)

@@ -395,6 +395,32 @@ def inference_flops(
     return useful.forward, (lanes + padding) * each.forward
 
 
+def decoding(
+    model: ModelConfig,
+    shape: Shape,
+    rule: Rule,
+    *,
+    lanes: Number,
+    keys: Number,
+    steps: Number,
+    finished: Number,
+    written: Number,
+) -> Number:
+    """Useful FLOPs of decoding, every executor's alike: without idle slots, padding or bookkeeping.
+
+    Args:
+      lanes: tokens that were read, of prompts and new; keys: what one sees, mean over them.
+      steps: core steps of all of them; finished: those that went through the coda; written: tokens that were read out.
+    """
+    cost = parts(model, shape, rule.needs, keys)
+    return (
+        steps * thinking(model, shape, rule, keys).forward
+        + lanes * cost.begin.forward
+        + finished * cost.finish.forward
+        + written * cost.logits.forward
+    )
+
+
 def steps_for(config: Config, flops: Number) -> int:
     """Optimizer steps that spend `flops`, to the nearest. Raises UserError where that is none."""
     steps = config.training.steps

@@ -437,7 +437,10 @@ def test_an_extrapolation_split_no_harder_than_training_is_refused(make: Callabl
         (lambda: HOP.encode("abd" * 8 + "?"), "must be 24 of the letters a to c"),
         (lambda: HOP.encode("abc" * 8), "up to 5 hops"),
         (lambda: HOP.verify("abc" * 8 + "??????", "a"), "up to 5 hops"),
-        (lambda: dataclasses.replace(HOP, every=True).encode("abc" * 8 + "?"), r'after a "\?" for each of up to 5 hops'),
+        (
+            lambda: dataclasses.replace(HOP, every=True).encode("abc" * 8 + "?"),
+            r'after a "\?" for each of up to 5 hops',
+        ),
         (lambda: Sums(base=1), "must be in 2..36"),
         (lambda: Sums(base=37), "must be in 2..36"),
         (lambda: Sums(digits=0), "digits=0: must be at least 1"),

@@ -37,6 +37,7 @@ class Jsonl(Task):
     """Rows of a JSONL file (or .gz)."""
 
     predicts_next: ClassVar[bool] = True
+    stop: ClassVar[tuple[int, ...]] = (END,)
 
     path: str = ""
     """The file, as it stands or inside the data folder (PONDER_DATA)."""
