@@ -21,50 +21,52 @@ import dataclasses
 
 from ponder import compute
 from ponder.config import Checkpointing, Config, Evaluation, Logging, Optim, Training
+from ponder.errors import UserError
 from ponder.halting import named
 from ponder.halting.act import Act
 from ponder.halting.fixed import Fixed
 from ponder.halting.pondernet import PonderNet
 from ponder.models.config import Recurrent, Transformer, heads
 from ponder.tasks.chains import Chains
+from ponder.tasks.hop import Hop
 from ponder.tasks.parity import Parity
 
-ARMS = (
-    "fixed8",
-    "supervised",
-    "pondernet",
-    "pondernet_uniform",
-    "act",
-    "correctness",
-    "classifier",
-    "gate",
-    "fixed1",
-    "fixed2",
-    "fixed4",
-)
 SEEDS = 5
-STEPS = 8  # K of all arms but the fixed depths
-READ_OUT = ("fixed8", "supervised")
+STEPS = {"parity": 8, "chains": 4, "hop": 6}  # K of all arms but the lesser fixed depths
+FIXED = {"parity": (1, 2, 4), "chains": (1, 2, 3), "hop": (1, 2, 3)}
+LEARNED = ("pondernet", "pondernet_uniform", "act", "correctness", "classifier", "gate")
 READOUTS = ("margin", "entropy", "entropy_change", "kl", "state_change", "acceleration", "unstable")
 
 
+def arms(task: str = "parity") -> tuple[str, ...]:
+    check(task)
+    return (f"fixed{STEPS[task]}", "supervised", *LEARNED, *(f"fixed{steps}" for steps in FIXED[task]))
+
+
+def check(task: str) -> None:
+    if task not in STEPS:
+        raise UserError(f"there is no task {task!r}: there are {', '.join(STEPS)}")
+
+
 def get_config(arm: str = "supervised", seed: int = 0, task: str = "parity", smoke: bool = False) -> Config:
-    """`arm`: fixedK, or a name of `ponder.halting.RULES`; `task`: parity or chains. All train for equal FLOPs."""
+    """`arm`: fixedK, or a name of `ponder.halting.RULES`; `task`: parity, chains or hop. All train for equal FLOPs."""
+    check(task)
     return compute.matched(of_arm(arm, seed, task, smoke), of_arm("supervised", seed, task, smoke))
 
 
 def of_arm(arm: str, seed: int, task: str, smoke: bool) -> Config:
     tuned = {"act": Act(tau=0.003), "pondernet": PonderNet(prior=0.2, beta=0.01)}
     fixed = arm.startswith("fixed")
+    reads = arm in (f"fixed{STEPS[task]}", "supervised")
     rule = Fixed() if fixed else tuned.get(arm) or named(arm)
-    steps = int(arm.removeprefix("fixed")) if fixed else STEPS
-    base = parity(smoke) if task == "parity" else chains(smoke)
+    steps = int(arm.removeprefix("fixed")) if fixed else STEPS[task]
+    base = {"parity": parity, "chains": chains, "hop": hop}[task](smoke)
     return dataclasses.replace(
         base,
         name=f"{task}-{arm}",
         model=dataclasses.replace(base.model, steps=steps, **heads(rule.needs)),
         rule=rule,
-        evaluation=dataclasses.replace(base.evaluation, readouts=READOUTS if arm in READ_OUT else ()),
+        evaluation=dataclasses.replace(base.evaluation, readouts=READOUTS if reads else ()),
         seed=seed,
     )
 
@@ -73,17 +75,31 @@ def chains(smoke: bool) -> Config:
     return Config(
         task=Chains(
             every=True,
-            max_train_operations=3 if smoke else 4,
-            max_operations=8,
+            max_train_operations=3,
+            max_operations=6,
             train_rows=20_000 if smoke else 200_000,
         ),
         # Keys from the prelude: what stopped tokens show does not depend on when they stopped.
         model=Transformer(d_model=64, heads=4, prelude_layers=1, core_layers=1, kv="first"),
         rule=Fixed(),
         optim=Optim(lr=3e-3, warmup_steps=50, weight_decay=0.1),
-        training=Training(batch_size=128, steps=60 if smoke else 4000),
-        evaluation=Evaluation(every_steps=30 if smoke else 500, rows=1024, depths=(16,)),
+        training=Training(batch_size=128, steps=60 if smoke else 2500),
+        evaluation=Evaluation(every_steps=30 if smoke else 500, rows=1024, depths=(8,)),
         checkpoint=Checkpointing(every_steps=30 if smoke else 1000),
+        logging=Logging(every_steps=10 if smoke else 100),
+    )
+
+
+def hop(smoke: bool) -> Config:
+    return Config(
+        task=Hop(n=16 if smoke else 32, hops=2 if smoke else 4, every=True, train_rows=20_000 if smoke else 500_000),
+        # A question halts as one: what a hop finds is written where it leads from.
+        model=Transformer(d_model=64, heads=4, prelude_layers=1, core_layers=1, halts="example"),
+        rule=Fixed(),
+        optim=Optim(lr=1e-3, warmup_steps=200, weight_decay=0.01),
+        training=Training(batch_size=64, steps=40 if smoke else 1500),
+        evaluation=Evaluation(every_steps=20 if smoke else 500, rows=1024, depths=(12,)),
+        checkpoint=Checkpointing(every_steps=20 if smoke else 1000),
         logging=Logging(every_steps=10 if smoke else 100),
     )
 

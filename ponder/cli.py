@@ -71,8 +71,12 @@ class Experiment:
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """Rows of its table; empty where it has one configuration alone."""
-        return getattr(self.module, "ARMS", ())
+        """Rows of its table: `ARMS`, or what `arms` makes of the keywords that it takes. Empty where it has neither."""
+        made = getattr(self.module, "arms", None)
+        if made is None:
+            return getattr(self.module, "ARMS", ())
+        takes = inspect.signature(made).parameters
+        return made(**{name: value for name, value in self.keywords.items() if name in takes})
 
     @property
     def seeds(self) -> int:

@@ -391,7 +391,7 @@ def _hash_file(file: Path) -> str:
 def _is_settings(node: ast.stmt) -> bool:
     names = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
     names += [node.target.id] if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) else []
-    return getattr(node, "name", None) == "get_config" or any(name in ("ARMS", "SEEDS") for name in names)
+    return getattr(node, "name", None) in ("get_config", "arms") or any(name in ("ARMS", "SEEDS") for name in names)
 
 
 def _canonical(node: Any) -> str:

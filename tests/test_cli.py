@@ -133,6 +133,17 @@ def test_config_of_a_workdir_runs_again(experiment: str, tmp_path: Path) -> None
     assert again.arms == () and again.config() == config
 
 
+def test_arms_may_depend_on_a_keyword(tmp_path: Path) -> None:
+    path = experiment_file.write(tmp_path)
+    made = 'def arms(kv: str = "depth"):\n    return ("patient", "hasty") if kv == "depth" else ("hasty",)\n'
+    path.write_text(path.read_text().replace('ARMS = ("patient", "hasty")', made))
+    assert cli.Experiment.load(str(path)).arms == ("patient", "hasty")
+    first = cli.Experiment.load(f"{path}:kv=first")
+    assert first.arms == ("hasty",)
+    with pytest.raises(UserError, match="has no arm 'patient'"):
+        first.config(arm="patient")
+
+
 # --- what is wrong ----------------------------------------------------------------------------------------------------
 
 
