@@ -275,6 +275,7 @@ def rows_of(job: Training, seconds: float, at_once: int, output: Path) -> list[R
             "processors": processors,
             "cost_seconds": wall * processors / len(job.members),
             "difficulty_name": member.config.task.difficulty_name,
+            "part": member.config.task.part,
             "curve": finished.curve_of(metrics, result),
         }
         rows.append(row)

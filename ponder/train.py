@@ -167,6 +167,7 @@ def finish(
             **label,
             "members": len(run.members),
             "difficulty_name": config.task.difficulty_name,
+            "part": config.task.part,
             "config": records.to_json(member),
             "data": records.data_key(config),
             **records.trained_by(folder),

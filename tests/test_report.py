@@ -335,6 +335,17 @@ def test_by_difficulty_is_the_mean_over_seeds() -> None:
     assert part.metric.mean == pytest.approx(sum(values) / 3) and part.metric.n == 3 and part.examples == 300
 
 
+def test_parts_that_are_right_stand_beside_whole_answers_where_a_task_names_them() -> None:
+    results = [entry | {"part": "cell"} for entry in synthetic.results_of("act", 3)]
+    for entry, share in zip(results, (0.90, 0.92, 0.94), strict=True):
+        for row in entry["evaluations"]:
+            row["token_accuracy"] = share
+    found = lines_of({"act": results})
+    cells = {column.heading: column.cell(found.lines[0]) for column in render.columns(found)}
+    assert cells["cells right"].startswith("0.9200 ± 0.04") and "cells right" in render.markdown(found)
+    assert "cells right" not in render.markdown(lines_of({"act": synthetic.results_of("act", 3)}))
+
+
 def test_arms_of_one_name_and_other_settings_are_told_apart(tmp_path: Path) -> None:
     first = synthetic.workdir(tmp_path / "small", synthetic.results_of("act", 2))
     entries = synthetic.results_of("act", 2)

@@ -48,6 +48,14 @@ def columns(table: Table) -> list[Column]:
                 lambda line: success(line.success),
             )
         )
+    if table.part:
+        found.append(
+            Column(
+                f"{table.part}s right",
+                f"share of {table.part}s, of which an answer has several",
+                lambda line: interval(line.parts, digits),
+            )
+        )
     found += [
         Column(
             "steps",

@@ -43,6 +43,8 @@ class Run:
     commit: str
     hardware: str
     difficulty_name: str
+    part: str
+    """What a target is, where the share of right ones is told; else empty."""
     source: str
     """Name of the folder it was read from."""
     key: str
@@ -145,6 +147,7 @@ def from_row(row: Row, source: str) -> Run:
             commit=row["commit"],
             hardware=row["hardware"],
             difficulty_name=row.get("difficulty_name", "difficulty"),
+            part=row.get("part", ""),
             source=source,
             key=row.get("key", ""),
             frontier=row.get("frontier") or {},

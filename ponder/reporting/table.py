@@ -43,6 +43,8 @@ class Line:
     seeds: tuple[int, ...]
     metric: Interval
     success: Interval | None
+    parts: Interval
+    """Share of targets that are right."""
     steps: Interval
     useful_flops: Interval
     spent_flops: Interval
@@ -84,6 +86,8 @@ class Table:
     lines: tuple[Line, ...]
     difficulties: tuple[Difficulty, ...]
     difficulty_name: str
+    part: str
+    """What a target is, where the share of right ones is a column; else empty."""
     matched_training: bool
     commits: tuple[str, ...]
     hardware: tuple[str, ...]
@@ -129,6 +133,7 @@ def make(
         lines=tuple(lines),
         difficulties=tuple(_difficulties(by_arm, metric, split)),
         difficulty_name=runs[0].difficulty_name,
+        part=runs[0].part,
         matched_training=statistics.matched(costs),
         commits=tuple(dict.fromkeys(run.commit for run in runs)),
         hardware=tuple(dict.fromkeys(run.machine for run in runs)),
@@ -203,6 +208,7 @@ def _line(
         seeds=tuple(rows),
         metric=interval(lambda row: row[metric.field]),
         success=statistics.success_rate(values, threshold) if metric.higher_is_better else None,
+        parts=interval(lambda row: row["token_accuracy"]),
         steps=interval(lambda row: row["steps"]),
         useful_flops=interval(lambda row: row["useful_flops"]),
         spent_flops=interval(lambda row: row["spent_flops"]),

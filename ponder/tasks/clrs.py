@@ -97,6 +97,7 @@ class Clrs(Task):
     """
 
     difficulty_name: ClassVar[str] = "nodes"
+    part: ClassVar[str] = "node"
 
     algorithm: str = "bfs"
     namings: int = 16

@@ -41,6 +41,7 @@ class Maze(Task):
     """
 
     difficulty_name: ClassVar[str] = "moves / 4"
+    part: ClassVar[str] = "cell"
 
     height: int = 15
     width: int = 15

@@ -47,6 +47,7 @@ class Sudoku(Task):
     """Text form: the grid in reading order, a digit or "." a cell; the answer is the complete grid."""
 
     difficulty_name: ClassVar[str] = "guesses"
+    part: ClassVar[str] = "cell"
 
     size: int = 9
     source: Source = "generated"

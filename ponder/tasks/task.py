@@ -59,6 +59,8 @@ class Task:
     """Rows are consecutive pieces of one text, so a training row may start anywhere in it (see `data.feed.Feed`)."""
     predicts_next: ClassVar[bool] = False
     """A lane's target is the next lane's input, so a model that looks ahead reads its answers off (refused)."""
+    part: ClassVar[str] = ""
+    """What one target of an answer is ("cell"): tables then tell the share of those that are right, too."""
     stop: ClassVar[tuple[int, ...]] = ()
     """Ids that end an answer, where its length does not."""
 
