@@ -44,7 +44,7 @@ def of_arm(arm: str, seed: int, task: str, algorithm: str, smoke: bool) -> Confi
     size = 5 if smoke else 9
     return Config(
         name=f"{task}-{arm}",
-        task=Maze(height=size, width=size, **rows) if task == "maze" else Clrs(algorithm=algorithm),
+        task=Maze(height=size, width=size, **rows) if task == "maze" else Clrs(algorithm=algorithm, namings=256),
         model=Transformer(
             steps=int(arm.removeprefix("fixed")) if arm.startswith("fixed") else STEPS,
             d_model=64,
