@@ -75,15 +75,15 @@ def chains(smoke: bool) -> Config:
     return Config(
         task=Chains(
             every=True,
-            max_train_operations=3,
-            max_operations=6,
+            max_train_operations=3 if smoke else 4,
+            max_operations=8,
             train_rows=20_000 if smoke else 200_000,
         ),
         # Keys from the prelude: what stopped tokens show does not depend on when they stopped.
         model=Transformer(d_model=64, heads=4, prelude_layers=1, core_layers=1, kv="first"),
         rule=Fixed(),
         optim=Optim(lr=3e-3, warmup_steps=50, weight_decay=0.1),
-        training=Training(batch_size=128, steps=60 if smoke else 2500),
+        training=Training(batch_size=128, steps=60 if smoke else 3000),
         evaluation=Evaluation(every_steps=30 if smoke else 500, rows=1024, depths=(8,)),
         checkpoint=Checkpointing(every_steps=30 if smoke else 1000),
         logging=Logging(every_steps=10 if smoke else 100),
