@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from ponder import models
-from ponder.engine.control import Free, Insist
+from ponder.engine.control import Free, Insist, Next
 from ponder.engine.generate import generate, program
 from ponder.engine.masked import masked
 from ponder.engine.rollout import requests
@@ -190,6 +190,52 @@ def test_recorded_steps_give_the_log_probabilities_again(case: str) -> None:
     # Other steps are another network.
     tokens, _ = score(model, rule, rows, made._replace(depth=np.ones_like(made.depth)), sampling)
     assert np.abs(tokens - made.log_probability).max() > 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Once:
+    """No token comes twice."""
+
+    def check(self, vocabulary: int) -> None:
+        pass
+
+    def init(self, lanes: int) -> jax.Array:
+        return jnp.zeros((lanes, VOCABULARY), bool)
+
+    def mask(self, carry: jax.Array, logits: jax.Array) -> jax.Array:
+        return jnp.where(carry, -jnp.inf, logits)
+
+    def __call__(self, carry: jax.Array, sampled: jax.Array) -> tuple[jax.Array, Next]:
+        done = jnp.zeros(sampled.shape, bool)
+        return self.replay(carry, sampled, sampled), Next(sampled, jnp.zeros(sampled.shape, jnp.uint8), done)
+
+    def replay(self, carry: jax.Array, written: jax.Array, kind: jax.Array) -> jax.Array:
+        return carry.at[jnp.arange(len(written)), written].set(True)
+
+
+@pytest.mark.parametrize(
+    "control",
+    [Free(forbid=(2, 5)), Free(stop=(3,)), Insist(stop=(3, 7, 8), instead=(9, 10), times=2), Once()],
+    ids=lambda control: type(control).__name__,
+)
+def test_scores_know_what_the_control_forbade_and_forced(control: Any) -> None:
+    model, rows, sampling = built(), asked_of(9, new=8, samples=2), Sampling(temperature=1.5)
+    made = answered(rows, model, sampling=sampling, control=control)
+    tokens, _ = score(model, RULE, rows, made, sampling, control)
+    np.testing.assert_allclose(tokens, made.log_probability, atol=1e-5)
+    if isinstance(control, Insist):
+        assert made.kind.any() and (tokens[made.kind == 1] == 0).all()
+        # The memory is the one of the run: budget and place, token by token.
+        carry = again = control.init(3)
+        draw = np.random.default_rng(0)
+        for _ in range(40):
+            carry, following = control(carry, jnp.asarray(draw.integers(0, VOCABULARY, 3), jnp.int32))
+            again = control.replay(again, following.id, following.kind)
+            for one, other in zip(carry, again, strict=True):
+                np.testing.assert_array_equal(one, other)
+    elif not isinstance(control, Free) or control.forbid:
+        without, _ = score(model, RULE, rows, made, sampling)
+        assert np.abs(without - made.log_probability).max() > 1e-2
 
 
 def test_scores_have_a_gradient() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from ponder.errors import UserError
 
@@ -22,7 +22,7 @@ class Next(NamedTuple):
     """The token that is written."""
 
     id: Int[Array, "n"]  # int32
-    kind: Int[Array, "n"]  # uint8
+    kind: Integer[Array, "n"]  # uint8
     done: Bool[Array, "n"]  # nothing follows it
 
 
@@ -39,6 +39,9 @@ class Control(Protocol):
 
     def __call__(self, carry: Any, sampled: Int[Array, "n"]) -> tuple[Any, Next]:
         """Takes what was drawn, or writes another token in its place."""
+
+    def replay(self, carry: Any, written: Int[Array, "n"], kind: Integer[Array, "n"]) -> Any:
+        """Memory after a token of a record, as `__call__` left it when the token was written."""
 
 
 def check_ids(name: str, ids: tuple[int, ...], vocabulary: int) -> None:
@@ -72,6 +75,9 @@ class Free:
 
     def __call__(self, carry: Any, sampled: Int[Array, "n"]) -> tuple[Any, Next]:
         return carry, Next(sampled, jnp.full_like(sampled, SAMPLED, jnp.uint8), among(sampled, self.stop))
+
+    def replay(self, carry: Any, written: Int[Array, "n"], kind: Integer[Array, "n"]) -> Any:
+        return carry
 
 
 class Insisted(NamedTuple):
@@ -110,6 +116,12 @@ class Insist:
         kind = jnp.where(forced, FORCED, SAMPLED).astype(jnp.uint8)
         after = Insisted(jnp.where(forced, place + 1, place), carry.left - refused.astype(jnp.int32))
         return after, Next(jnp.where(forced, written, sampled), kind, ~forced & among(sampled, self.stop))
+
+    def replay(self, carry: Insisted, written: Int[Array, "n"], kind: Integer[Array, "n"]) -> Insisted:
+        forced = kind == FORCED
+        refused = forced & (carry.place >= len(self.instead))  # what the model would have written is not in the record
+        place = jnp.where(refused, 0, carry.place)
+        return Insisted(jnp.where(forced, place + 1, place), carry.left - refused.astype(jnp.int32))
 
 
 def among(ids: Int[Array, "n"], which: tuple[int, ...]) -> Bool[Array, "n"]:

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ponder.engine.control import SAMPLED
+from ponder.engine.control import SAMPLED, Control, Free
 from ponder.engine.masked import Moment, masked
 from ponder.engine.rollout import Requests, Rollout
 from ponder.engine.sampling import Sampling
 from ponder.halting.replay import Replay
 from ponder.models.transformer import Transformer
 from ponder.protocols import Rule
+
+FREE = Free()
 
 
 def whole(requests: Requests, rollout: Rollout) -> tuple[Int[Array, "R T"], Int[Array, "R T"], Int[Array, "R T"]]:
@@ -47,13 +49,18 @@ def whole(requests: Requests, rollout: Rollout) -> tuple[Int[Array, "R T"], Int[
 
 
 def score(
-    model: Transformer, rule: Rule, requests: Requests, rollout: Rollout, sampling: Sampling
+    model: Transformer,
+    rule: Rule,
+    requests: Requests,
+    rollout: Rollout,
+    sampling: Sampling,
+    control: Control = FREE,
 ) -> tuple[Float[Array, "R N"], Float[Array, "R N"]]:
     """Log-probabilities of the new tokens under what was sampled from, and of the go and stop decisions; 0 beyond a
     row's end, and the first where a token was forced. Differentiable in the model's parameters.
 
-    `rule`: as in the rollout; it weighs the states where it mixes them. A control's masks are not known here: where one
-    forbade tokens, the log-probabilities are those without it.
+    `rule` and `control`: as in the rollout. The rule weighs the states where it mixes them, the control masks what it
+    masked then.
     """
     ids, steps, written = whole(requests, rollout)
     place = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape)
@@ -82,12 +89,20 @@ def score(
         observe=decision,
         unroll=False,
     )
-    distribution = sampling.log_probabilities(model.logits(model.finish(ran.state, ran.context)))
     new = rollout.ids.shape[1]
-    chosen = jnp.take_along_axis(rollout.ids, jnp.minimum(written, new - 1), axis=1)
-    found = jnp.take_along_axis(distribution, chosen[..., None], axis=2)[..., 0]
     rows = jnp.arange(len(ids))[:, None]
-    empty = jnp.zeros(rollout.ids.shape, jnp.float32)
-    of_tokens = empty.at[rows, written].set(found, mode="drop")
-    of_halting = empty.at[rows, written].set(ran.observed.sum(axis=0), mode="drop")
-    return jnp.where(rollout.kind == SAMPLED, of_tokens, 0.0), of_halting
+    lane = jnp.minimum(requests.lengths[:, None] - 1 + jnp.arange(new)[None], ids.shape[1] - 1)  # [R, N] that wrote it
+    logits = model.logits(model.finish(ran.state, ran.context)[rows, lane])
+
+    def masks(memory: Any, token: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        logits, written, kind = token
+        return control.replay(memory, written, kind), control.mask(memory, logits)
+
+    in_turn = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (logits, rollout.ids, rollout.kind))
+    _, logits = jax.lax.scan(masks, control.init(len(ids)), in_turn)
+    distribution = sampling.log_probabilities(jnp.swapaxes(logits, 0, 1))
+    found = jnp.take_along_axis(distribution, rollout.ids[..., None], axis=2)[..., 0]
+    sampled = (rollout.kind == SAMPLED) & (jnp.arange(new)[None] < rollout.lengths[:, None])
+    of_halting = jnp.zeros(rollout.ids.shape, jnp.float32)
+    of_halting = of_halting.at[rows, written].set(ran.observed.sum(axis=0), mode="drop")
+    return jnp.where(sampled, found, 0.0), of_halting
