@@ -91,7 +91,9 @@ CASES = {
 
 @pytest.mark.parametrize(
     ("case", "executor"),
-    [(case, executor) for case in CASES for executor in ("refill", "masked")] + [("first", "sync"), ("depth", "sync")],
+    [(case, executor) for case in CASES for executor in ("refill", "masked")]
+    + [("first", "sync"), ("depth", "sync")]
+    + [(case, "speculative") for case in CASES if CASES[case][0].kv == "first"],
 )
 def test_every_executor_writes_what_the_reference_writes_alone(case: str, executor: Any) -> None:
     config, rule = CASES[case]

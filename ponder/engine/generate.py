@@ -1,13 +1,14 @@
 """Prompts to tokens with a trained model, by one of the decoding executors: one compiled program, no visit to the host.
 
 All of them write the same tokens. They differ in seconds: `refill` takes as long as the mean lane thinks, `sync` as
-long as the slowest of the slots, `masked` K steps for everybody.
+long as the slowest of the slots, `masked` K steps for everybody. `speculative` writes the same greedy tokens, and draws
+others of the same distribution.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from flax import nnx
@@ -19,13 +20,14 @@ from ponder.engine.rollout import Requests, Rollout, Spent
 from ponder.engine.rows import check_widths, widths_for
 from ponder.engine.sampling import Sampling
 from ponder.engine.slots import Engine
+from ponder.engine.speculative import Draft, speculative
 from ponder.errors import UserError
 from ponder.models.cached import Decoder
 from ponder.models.transformer import Transformer
 from ponder.protocols import Rule
 
-Executor = Literal["refill", "sync", "masked"]
-FREE, GREEDY = Free(), Sampling()
+Executor = Literal["refill", "sync", "masked", "speculative"]
+FREE, GREEDY, DRAFT = Free(), Sampling(), Draft()
 Program = Callable[..., tuple[Rollout, jax.Array]]
 
 
@@ -41,6 +43,7 @@ def program(
     executor: Executor = "refill",
     widths: tuple[int, ...] | None = None,
     together: int | None = None,
+    draft: Draft = DRAFT,
 ) -> Program:
     """A jitted function of (parameters, requests, key) to a rollout and [ticks, exit rows, prefills].
 
@@ -54,6 +57,7 @@ def program(
       new: N, most new tokens of any request.
       slots: B. widths: the batches in which stopped slots leave the core, `refill` alone (`widths_for`).
       together: prompts read at once, and free slots waited for; default an eighth of the slots.
+      draft: how tokens are drafted, `speculative` alone.
 
     Raises UserError, before anything is compiled, where model, control and sizes do not fit.
     """
@@ -74,8 +78,10 @@ def program(
             "step of the tokens before: decode a model with coda_layers=0, or stop by another rule"
         )
     control.check(model.embedding[...].shape[0])
-    if executor not in ("refill", "sync", "masked"):
-        raise UserError(f"there is no executor {executor!r}: there are refill, sync and masked")
+    if executor not in get_args(Executor):
+        raise UserError(f"there is no executor {executor!r}: there are {', '.join(get_args(Executor))}")
+    if executor == "speculative":
+        draft.check(model.config)
 
     @jax.jit
     def run(
@@ -83,8 +89,11 @@ def program(
     ) -> tuple[Rollout, jax.Array]:
         decoder = Decoder(nnx.merge(graphdef, parameters), length)
         engine = Engine(decoder, rule, control, sampling, requests, key, slots, together, plan)
-        loops = {"refill": lambda: refill(engine, new, widths)} | {
-            name: lambda early=name == "sync": lockstep(engine, new, early=early) for name in ("sync", "masked")
+        loops = {
+            "refill": lambda: refill(engine, new, widths),
+            "sync": lambda: lockstep(engine, new, early=True),
+            "masked": lambda: lockstep(engine, new, early=False),
+            "speculative": lambda: speculative(engine, new, draft),
         }
         loop = loops[executor]()
         return loop.out, jax.numpy.stack([loop.ticks, loop.exit_rows, loop.prefills])

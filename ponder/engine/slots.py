@@ -215,12 +215,17 @@ class Engine:
 
     # Thinking
 
-    def think(self, slots: Slots, cache: Cache, running: Bool[Array, "B"]) -> tuple[Slots, Cache, Bool[Array, "B"]]:
-        """One step of the core on all slots; it counts on those that are `running`. Who of them stops."""
+    def think(
+        self, slots: Slots, cache: Cache, running: Bool[Array, "B"], step: Any = None
+    ) -> tuple[Slots, Cache, Bool[Array, "B"]]:
+        """One step of the core on all slots; it counts on those that are `running`. Who of them stops.
+
+        `step`: in place of the decoder's, where `slots` are lanes of another kind (see `speculative`)."""
         decoder = self.decoder
+        step = decoder.step if step is None else step
         k = jnp.minimum(slots.k + 1, decoder.steps)
         position = jnp.where(running, slots.position, decoder.length)
-        state, core = decoder.step(slots.state, slots.x, k, position, cache.core)
+        state, core = step(slots.state, slots.x, k, position, cache.core)
         cache = cache._replace(core=core)
         seen = decoder.see(state, self.rule.needs)
         if "logits" in self.rule.needs:

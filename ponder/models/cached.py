@@ -76,6 +76,19 @@ def attend(
     return mixed.reshape(lanes, heads, size)
 
 
+def attend_together(
+    q: Float[Array, "n T N H"], keys_values: KeysValues, visible: Bool[Array, "n T S"]
+) -> Float[Array, "n T N H"]:
+    """As `attend`, of T queries a lane over one cache."""
+    keys, values = keys_values
+    lanes, length, heads, size = q.shape
+    kv_heads = keys.shape[1]
+    q = (q * jnp.asarray(1 / math.sqrt(size), q.dtype)).reshape(lanes, length, kv_heads, heads // kv_heads, size)
+    score = jnp.einsum("ntmgh,nmsh->nmgts", q, keys, preferred_element_type=jnp.float32)
+    share = jax.nn.softmax(jnp.where(visible[:, None, None], score, HIDDEN), axis=-1).astype(values.dtype)
+    return jnp.einsum("nmgts,nmsh->ntmgh", share, values).reshape(lanes, length, heads, size)
+
+
 def put(
     kept: KeysValues, rows: Int[Array, "n"], position: Int[Array, "n"], fresh: KeysValues, plane: Any = None
 ) -> KeysValues:
@@ -172,6 +185,38 @@ class Decoder:
             h = layer.after(h, mixed[:, None])
         return h[:, 0], kept
 
+    def step_together(
+        self,
+        state: Float[Array, "B T D"],
+        x: Float[Array, "B T D"],
+        position: Int[Array, "B T"],
+        cache: list[KeysValues],
+    ) -> Float[Array, "B T D"]:
+        """A step of T tokens of every slot at once, kv="first" alone: their keys are in `cache` already."""
+        h = self.model.injected(state, x, 0)
+        cosine, sine = self._angles(position)
+        seen = jnp.arange(self.length)[None, None] <= position[..., None]
+        for layer, own in zip(self.core, cache, strict=True):
+            mixed = attend_together(layer.queries(layer.attention_norm(h), cosine, sine), own, seen)
+            h = layer.after(h, mixed)
+        return h
+
+    def finish_together(
+        self, state: Float[Array, "B T D"], position: Int[Array, "B T"], cache: list[KeysValues]
+    ) -> tuple[Float[Array, "B T D"], list[KeysValues]]:
+        """Coda and final norm of T tokens of every slot, and the coda's updated cache. See `step` on positions."""
+        h, kept = state, []
+        cosine, sine = self._angles(position)
+        seen = jnp.arange(self.length)[None, None] <= position[..., None]
+        slots = jnp.repeat(jnp.arange(len(position)), position.shape[1])
+        for block, own in zip(self.coda, cache, strict=True):
+            normed = block.attention_norm(h)
+            keys, values = block.shown_by(normed, cosine, sine)
+            own = put(own, slots, position.ravel(), (_lanes(keys), _lanes(values)))
+            kept.append(own)
+            h = block.after(h, attend_together(block.queries(normed, cosine, sine), own, seen))
+        return self.model.final_norm(h), kept
+
     def stopped(
         self,
         k: Int[Array, "n"],
@@ -236,10 +281,10 @@ class Decoder:
             h = block.after(h, mixed[:, None])
         return h[:, 0], kept
 
-    def _angles(self, position: Int[Array, "n"]) -> tuple[jax.Array, jax.Array]:
-        """Of RoPE, [n, 1, H / 2]; beyond the cache those of its last position."""
+    def _angles(self, position: Int[Array, "n *T"]) -> tuple[jax.Array, jax.Array]:
+        """Of RoPE, [n, T or 1, H / 2]; beyond the cache those of its last position."""
         config = self.model.config
-        inside = jnp.minimum(position, self.length - 1)[:, None]
+        inside = jnp.minimum(position, self.length - 1).reshape(len(position), -1)
         return layers.rotations(inside, Sizes.of(config).head_size, config.rope_theta, self.length)
 
 
@@ -248,6 +293,11 @@ def _layers(stack: Any) -> list[layers.Block]:
         return []
     graph, parameters = nnx.split(stack)
     return [nnx.merge(graph, layer) for layer in layers.separated(parameters)]
+
+
+def _lanes(leaf: jax.Array) -> jax.Array:
+    """[B, T, ...] to [B T, ...]."""
+    return leaf.reshape(-1, *leaf.shape[2:])
 
 
 def _of_one(shown: KeysValues) -> KeysValues:
