@@ -44,7 +44,7 @@ def of_arm(arm: str, seed: int, n: int, hops: int, train_steps: int, smoke: bool
             halting_head=False,
         ),
         rule=Fixed(),
-        optim=Optim(lr=1e-3, warmup_steps=200, weight_decay=0.01),
+        optim=Optim(lr=3e-3, warmup_steps=200, weight_decay=0.01),
         training=Training(batch_size=64, steps=40 if smoke else train_steps),
         evaluation=Evaluation(every_steps=20 if smoke else 500, rows=1024),
         checkpoint=Checkpointing(every_steps=20 if smoke else 1000),
