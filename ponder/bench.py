@@ -1,6 +1,7 @@
 """Throughput.
 
     python -m ponder.bench train [--repeats=5] [--output=F] [--peer="PYTHON benchmarks/hf_llama.py"]
+    python -m ponder.bench decode [--repeats=5] [--output=F] [--peer="PYTHON benchmarks/hf_generate.py"]
     python -m ponder.bench halting [--repeats=5] [--output=F] [--workdir=W | --exits=geometric,none]
 
 train: tokens per second, compile time, memory and achieved FLOP/s of a whole training step (forward, backward, AdamW)
@@ -8,6 +9,9 @@ of one decoder: width 256, 6 layers, 4 heads, SwiGLU 704, 512 tokens, sequence 1
 is the headline. `scanned` is the same model with a scan over its layers; `looped` is one tied layer used six times,
 written out, and `looped scanned` the same in a scan. All rows, and the peer, take turns in one run; the peak of memory
 is that of a process which compiles and runs this row alone.
+
+decode: tokens per second of the same decoder, fp32, greedy, 128 new tokens after a prompt of 32, one request and 64 at
+a time. The peer has the same weights and prompts, and its tokens are compared; see `ponder.bench_decode`.
 
 halting: what halting saves on the clock. The same requests are decoded by each executor in turns; see
 `ponder.bench_halting`.
@@ -19,9 +23,7 @@ import functools
 import json
 import multiprocessing
 import os
-import shlex
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -34,7 +36,7 @@ import rich.table
 import tyro
 from etils import epy
 
-from ponder import bench_halting, cli, compute, records
+from ponder import bench_decode, bench_halting, cli, compute, peers, records
 from ponder.config import Config, Training
 from ponder.data.batch import Batch
 from ponder.errors import UserError
@@ -56,7 +58,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options(bench_halting.Options):
-    command: tyro.conf.Positional[Literal["train", "halting"]]
+    command: tyro.conf.Positional[Literal["train", "decode", "halting"]]
     """What to measure."""
     repeats: int = 5
     """Turns of each row; the table shows the median and the range."""
@@ -65,7 +67,7 @@ class Options(bench_halting.Options):
     output: str | None = None
     """Write the rows as JSON here."""
     peer: str | None = None
-    """Command of a twin that takes turns with the rows of `train`; see benchmarks/hf_llama.py."""
+    """Command of a twin that takes turns with the rows of `train` or `decode`; see benchmarks/."""
 
 
 @dataclass(frozen=True)
@@ -171,44 +173,6 @@ def work(config: Config) -> Row:
     return {"tokens": tokens, "flops": compute.training_flops_per_step(config)}
 
 
-class Peer:
-    """A twin in another process: one line on its stdin asks for a turn, one JSON line on its stdout answers."""
-
-    def __init__(self, command: str):
-        try:
-            self._process = subprocess.Popen(
-                [*shlex.split(command), "--wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-        except OSError as error:
-            raise UserError(f"--peer={command} does not start: {error}") from error
-        self._command = command
-        self.cost: Row = self._answer()
-
-    def turn(self, calls: int) -> profiling.Seconds:
-        assert self._process.stdin is not None
-        print(calls, file=self._process.stdin, flush=True)
-        answer = self._answer()
-        return profiling.Seconds(answer["wall"], answer["cpu"])
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _answer(self) -> Row:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise UserError(f"--peer={self._command} ended with code {self._process.wait()} and no answer")
-        try:
-            answer = json.loads(line)
-        except json.JSONDecodeError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise UserError(f"--peer={self._command} answered {line.strip()} and not a JSON object")
-        return answer
-
-
 def bench_train(options: Options, configs: dict[str, Config]) -> list[Row]:
     """One row a configuration and the peer's, in the order of the table. Raises UserError where the peer fails."""
     if options.repeats < 1 or options.calls < 1:
@@ -222,7 +186,7 @@ def bench_train(options: Options, configs: dict[str, Config]) -> list[Row]:
         jax.block_until_ready(run())
         costs[name] |= {"peak_bytes": peaks[name]} | work(config)
         turns[name] = functools.partial(profiling.timed, run, options.calls)
-    peer = Peer(options.peer) if options.peer else None
+    peer = peers.Peer(options.peer) if options.peer else None
     if peer:
         name = peer.cost.pop("name")
         costs[name] = peer.cost | work(next(iter(configs.values())))
@@ -290,6 +254,23 @@ def show(rows: list[Row]) -> None:
     (console if console.is_terminal else rich.console.Console(width=140)).print(table)
 
 
+def show_decode(rows: list[Row]) -> None:
+    table = rich.table.Table("row", "batch", "tok/s", "ms", "range", "CPU ms", "of the peer's speed", "same tokens")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            str(row["batch"]),
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['seconds'] * 1e3:.0f}",
+            f"{row['seconds_least'] * 1e3:.0f}-{row['seconds_most'] * 1e3:.0f}",
+            f"{row['cpu_seconds'] * 1e3:.0f}",
+            "-" if row["times_faster"] is None else f"{row['times_faster']:.2f} x",
+            "-" if row["tokens_equal"] is None else f"{row['tokens_equal']:.4f}",
+        )
+    console = rich.console.Console()
+    (console if console.is_terminal else rich.console.Console(width=140)).print(table)
+
+
 def show_halting(rows: list[Row]) -> None:
     columns: tuple[str, ...] = (
         "executor",
@@ -335,6 +316,9 @@ def body(options: Options) -> int:
         without_cache()
         rows = bench_train(options, ROWS)
         show(rows)
+    elif options.command == "decode":
+        rows = bench_decode.bench(options.repeats, options.peer)
+        show_decode(rows)
     else:
         rows = bench_halting.bench(options, options.repeats)
         show_halting(rows)

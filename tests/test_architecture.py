@@ -22,11 +22,11 @@ FLOORS = (
     "halting models",
     "engine",
     "objectives",
-    "deep_supervision evaluation optim profiling program step",
+    "deep_supervision evaluation optim peers profiling program step",
     "recipes",
     "runlog start walks",
     "cli jobs reporting",
-    "ablate bench bench_halting evaluate export report think thinking train",
+    "ablate bench bench_decode bench_halting evaluate export report think thinking train",
 )
 LEVELS = {name: level for level, names in enumerate(FLOORS) for name in names.split()}
 APART = ("models", "halting")  # neither imports the other
@@ -122,7 +122,7 @@ def python(code: str, folder: Path) -> str:
 LIGHT = {
     "ponder": ("jax", "numpy", "tyro"),
     "config protocols models.config tasks.task": ("jax", "tyro"),
-    "cli records compute halting bench": ("jax", "flax"),
+    "cli records compute halting bench think": ("jax", "flax"),
     "models halting engine objectives bench": (),
 }
 DATA = ("tensorflow_datasets", "grain", "orbax", "tensorflow")

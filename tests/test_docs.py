@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ponder import ablate, bench, cli, compute, evaluate, train
+from ponder import ablate, bench, cli, compute, evaluate, think, train
 from ponder import report as reports
 from ponder.config import Config, validate
 from ponder.halting import RULES
@@ -35,6 +35,7 @@ MAINS: dict[str, tuple[type, cli.Takes]] = {
     "bench": (bench.Options, "options"),
     "evaluate": (evaluate.Options, "options"),
     "report": (reports.Options, "options"),
+    "think": (think.Options, "options"),
 }
 
 

@@ -47,7 +47,14 @@ def test_the_rule_in_one_file_trains(tmp_path) -> None:
 
 def test_every_main_that_is_shown_has_help() -> None:
     mains = sorted(set(re.findall(r"python -m (ponder\.\w+)", README)))
-    assert mains == ["ponder.ablate", "ponder.bench", "ponder.evaluate", "ponder.report", "ponder.train"]
+    assert mains == [
+        "ponder.ablate",
+        "ponder.bench",
+        "ponder.evaluate",
+        "ponder.report",
+        "ponder.think",
+        "ponder.train",
+    ]
     for main in mains:
         done = subprocess.run([sys.executable, "-m", main, "--help"], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0 and "usage" in done.stdout.lower(), done.stderr
