@@ -1,4 +1,4 @@
-"""How much of the compute that halting saves is saved on the clock: decoding with every executor, in turns.
+"""How much of the compute that halting saves is saved on the clock: every executor in turns, decoding and forward.
 
 Requests wait in a queue; each brings a random prompt and asks for some new tokens. Exits are made up (`geometric`,
 `bimodal`, a `straggler` among geometric ones, or `none`: all steps always), or those of a trained run's own rule, whose
@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from etils import epy
 
-from ponder import compute
+from ponder import bench_forward, compute
 from ponder.errors import UserError
 from ponder.halting.fixed import Fixed
 from ponder.models.config import Kv, Transformer
@@ -35,8 +35,9 @@ with epy.lazy_imports():  # `--help` needs none of these
 
 Row = dict[str, Any]
 Exits = Literal["geometric", "bimodal", "straggler", "none"]
-Build = Literal["core", "prelude+coda"]
-EXECUTORS = ("fixed", "masked", "sync", "refill")
+Build = Literal["core", "prelude+coda", "forward"]
+LAYERS = {"core": 0, "prelude+coda": 1}
+EXECUTORS = ("fixed", "masked", "sync", "refill", "speculative")
 MEAN = 4.0
 """Steps of a lane where exits are made up."""
 
@@ -48,6 +49,7 @@ class Options:
     workdir: str | None = None
     """A trained run that is asked its task's test questions. Default: a model with random weights, exits made up."""
     models: tuple[Build, ...] = get_args(Build)
+    """Decoders of a core and a head, or with a prelude and a coda block; or whole rows (`ponder.bench_forward`)."""
     kv: tuple[Kv, ...] = ("first",)
     exits: tuple[Exits, ...] = ("geometric",)
     slots: tuple[int, ...] = (64,)
@@ -98,15 +100,29 @@ def bench(options: Options, repeats: int) -> list[Row]:
         for slots in options.slots
         for case in (trained(options, slots) if options.workdir else made_up(options, slots))
     ]
-    return [row for slots, case in cases for row in measured(case, slots, repeats)]
+    rows = [row for slots, case in cases for row in measured(case, slots, repeats)]
+    if "forward" in options.models and not options.workdir:
+        rows += [
+            row for slots in options.slots for exits in options.exits for row in forward(options, slots, exits, repeats)
+        ]
+    return rows
+
+
+def forward(options: Options, batch: int, exits: Exits, repeats: int) -> list[Row]:
+    """Rows of whole sequences, which stop as one."""
+    plan = depths(np.random.default_rng(0), exits, batch, 1, options.steps)[:, 0]
+    found, taken = bench_forward.measured(batch, plan, options.d_model, options.steps, repeats)
+    named = {"model": "forward", "kv": "depth", "exits": exits, "batch": batch, "slots": batch, "requests": batch}
+    return [named | row | timed(taken, row["executor"], row["ticks"], options.steps) for row in found]
 
 
 def made_up(options: Options, slots: int) -> list[Asked]:
     """Random weights and random exits, for each kind of model, keys and exits."""
     shape = Shape(512, options.prompt[1] + options.new[1], 512, "token")
     made = []
-    for build in options.models:
-        layers = {"core": 0, "prelude+coda": 1}[build]
+    for build, layers in LAYERS.items():
+        if build not in options.models:
+            continue
         for kv in options.kv:
             config = Transformer(
                 steps=options.steps,
@@ -190,7 +206,9 @@ def measured(case: Asked, slots: int, repeats: int) -> list[Row]:
     new = int(case.requests.limits.max())
     calls: dict[str, Callable[[], Any]] = {}
     first: dict[str, Any] = {}
-    for name in EXECUTORS:
+    drafts = case.config.kv == "first" and case.config.steps > 1
+    names = [name for name in EXECUTORS if drafts or name != "speculative"]
+    for name in names:
         executor = "masked" if name == "fixed" else name
         rule, plan = (Fixed(), None) if name == "fixed" else (case.rule, case.plan)
         run = generate.program(
@@ -208,34 +226,42 @@ def measured(case: Asked, slots: int, repeats: int) -> list[Row]:
     reference = first["masked"][0]
     ideal = ideal_ratio(case, reference)
     rows = []
-    for name in EXECUTORS:
+    for name in names:
         made, spent = first[name]
-        wall = [own.wall / fixed.wall for own, fixed in zip(taken[name], taken["fixed"], strict=True)]
-        cpu = [own.cpu / fixed.cpu for own, fixed in zip(taken[name], taken["fixed"], strict=True)]
         same = np.asarray((made.ids == reference.ids).all(axis=1) & (made.lengths == reference.lengths))
         rows.append(
             {"executor": name, **case.named, "batch": slots, "slots": slots, "requests": len(same)}
             | {
                 "ideal_ratio": 1.0 if name == "fixed" else ideal,
-                "ratio_to_fixed": statistics.median(wall),
-                "ratio_least": min(wall),
-                "ratio_most": max(wall),
-                "cpu_ratio_to_fixed": statistics.median(cpu),
-                "seconds": statistics.median(own.wall for own in taken[name]),
                 "ticks": int(spent[0]),
                 "exit_rows": int(spent[1]),
-                "us_per_tick": 1e6 * statistics.median(own.wall for own in taken[name]) / int(spent[0]),
-                "us_per_tick_fixed": 1e6
-                * statistics.median(own.wall for own in taken["fixed"])
-                / int(first["fixed"][1][0]),
                 "new_tokens": int(made.lengths.sum()),
                 "mean_steps": float(made.depth.sum() / made.lengths.sum()),
                 "tokens_equal": None if name == "fixed" else bool(same.all()),
                 "divergences": None if name == "fixed" else int((~same).sum()),
                 "accuracy": None if case.correct is None else case.correct(made),
             }
+            | timed(taken, name, int(spent[0]), int(first["fixed"][1][0]))
         )
     return rows
+
+
+def timed(taken: dict[str, list[Any]], name: str, ticks: int, ticks_fixed: int) -> Row:
+    """Seconds of an executor, and its ratios to fixed depth turn by turn."""
+    own, fixed = taken[name], taken["fixed"]
+    wall, cpu = (
+        [getattr(a, kind) / getattr(b, kind) for a, b in zip(own, fixed, strict=True)] for kind in ("wall", "cpu")
+    )
+    seconds, seconds_fixed = (statistics.median(each.wall for each in turns) for turns in (own, fixed))
+    return {
+        "ratio_to_fixed": statistics.median(wall),
+        "ratio_least": min(wall),
+        "ratio_most": max(wall),
+        "cpu_ratio_to_fixed": statistics.median(cpu),
+        "seconds": seconds,
+        "us_per_tick": 1e6 * seconds / ticks,
+        "us_per_tick_fixed": 1e6 * seconds_fixed / ticks_fixed,
+    }
 
 
 def ideal_ratio(case: Asked, made: Any) -> float:
