@@ -52,6 +52,18 @@ def test_every_executor_on_every_case(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "prelude+coda" in shown and "refill" in shown
 
 
+def test_whole_rows_are_compacted_to_the_same_answers() -> None:
+    options = Options(**vars(SMALL) | {"models": ("forward",), "slots": (6,), "exits": ("geometric", "none")})
+    rows = bench_halting.bench(options, 1)
+    assert [row["executor"] for row in rows] == ["fixed", "masked", "compaction"] * 2
+    for row in rows:
+        assert row["model"] == "forward" and row["batch"] == 6 and row["us_per_tick"] > 0
+        assert row["tokens_equal"] is None if row["executor"] == "fixed" else row["tokens_equal"]
+        assert row["mean_steps"] == 3 if row["exits"] == "none" or row["executor"] == "fixed" else row["mean_steps"] < 3
+        assert row["ideal_ratio"] == 1 if row["exits"] == "none" else 0 < row["ideal_ratio"] <= 1
+    assert bench.show_halting(rows) is None
+
+
 def test_the_ideal_counts_what_the_lanes_need() -> None:
     """Core and head, every lane by itself: begin, own steps and a readout, over begin, K steps and a readout."""
     [case, _] = bench_halting.made_up(Options(**vars(SMALL) | {"models": ("core",), "exits": ("geometric", "none")}), 3)
