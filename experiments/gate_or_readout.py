@@ -96,8 +96,8 @@ def hop(smoke: bool) -> Config:
         # A question halts as one: what a hop finds is written where it leads from.
         model=Transformer(d_model=64, heads=4, prelude_layers=1, core_layers=1, halts="example"),
         rule=Fixed(),
-        optim=Optim(lr=1e-3, warmup_steps=200, weight_decay=0.01),
-        training=Training(batch_size=64, steps=40 if smoke else 1500),
+        optim=Optim(lr=3e-3, warmup_steps=200, weight_decay=0.01),
+        training=Training(batch_size=64, steps=40 if smoke else 700),
         evaluation=Evaluation(every_steps=20 if smoke else 500, rows=1024, depths=(12,)),
         checkpoint=Checkpointing(every_steps=20 if smoke else 1000),
         logging=Logging(every_steps=10 if smoke else 100),

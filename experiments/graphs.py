@@ -41,7 +41,7 @@ def of_arm(arm: str, seed: int, task: str, algorithm: str, smoke: bool) -> Confi
     fixed = arm.startswith("fixed") or arm == "deep"
     rule = Fixed() if fixed else named(arm)
     rows = {"train_rows": 500, "evaluation_rows": 50} if smoke else {"train_rows": 20_000, "evaluation_rows": 1_000}
-    size = 5 if smoke else 9
+    size = 5 if smoke else 7
     return Config(
         name=f"{task}-{arm}",
         task=Maze(height=size, width=size, **rows) if task == "maze" else Clrs(algorithm=algorithm, namings=256),
@@ -58,7 +58,7 @@ def of_arm(arm: str, seed: int, task: str, algorithm: str, smoke: bool) -> Confi
             **heads(rule.needs),
         ),
         rule=rule,
-        optim=Optim(lr=1e-3, warmup_steps=100, weight_decay=0.01),
+        optim=Optim(lr=3e-3 if task == "maze" else 1e-3, warmup_steps=100, weight_decay=0.01),
         training=Training(batch_size=16 if smoke else 64, steps=20 if smoke else 600),
         evaluation=Evaluation(
             every_steps=10 if smoke else 200,

@@ -52,8 +52,8 @@ def of_arm(arm: str, seed: int, size: int, source: Source, smoke: bool) -> Confi
     }
     rules = {"hrm": Correctness(continue_target=True), "feedforward": Supervised()}
     by_step = arm in ("trm", "looped")
-    # The average counts updates: TRM's 0.999 would leave the others half of the parameters that they began with.
-    average = 0.99 if arm in ("hrm", "trm_joint") else 0.999
+    # Both count updates, of which a batch has eight where every step has its own.
+    average, warmup = (0.995, 100) if by_step else (0.96, 20)
     return Config(
         name=f"sudoku-{arm}",
         task=Sudoku(
@@ -64,10 +64,10 @@ def of_arm(arm: str, seed: int, size: int, source: Source, smoke: bool) -> Confi
         ),
         model=models[arm],
         rule=rules.get(arm, Correctness()),
-        optim=Optim(lr=1e-3, warmup_steps=200, weight_decay=0.1, b2=0.95, ema_decay=average),
-        training=Training(batch_size=64, steps=20 if smoke else 700, updates="step" if by_step else "batch"),
-        evaluation=Evaluation(every_steps=10 if smoke else 100, rows=500, batch_size=250, depths=(2 * steps,)),
-        checkpoint=Checkpointing(every_steps=10 if smoke else 200),
+        optim=Optim(lr=3e-3, warmup_steps=warmup, weight_decay=0.1, b2=0.95, ema_decay=average),
+        training=Training(batch_size=64, steps=20 if smoke else 200, updates="step" if by_step else "batch"),
+        evaluation=Evaluation(every_steps=10 if smoke else 50, rows=500, batch_size=250, depths=(2 * steps,)),
+        checkpoint=Checkpointing(every_steps=10 if smoke else 100),
         logging=Logging(every_steps=5 if smoke else 20),
         seed=seed,
     )
