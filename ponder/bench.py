@@ -284,7 +284,7 @@ def show_halting(rows: list[Row]) -> None:
         "of fixed",
         "range",
     )
-    columns += ("CPU", "ticks", "us a tick", "fixed", "equal", "accuracy")
+    columns += ("CPU", "ticks", "us a tick", "fixed", "MiB", "equal", "accuracy")
     table = rich.table.Table(*(rich.table.Column(name, no_wrap=True) for name in columns))
     for row in rows:
         table.add_row(
@@ -302,6 +302,7 @@ def show_halting(rows: list[Row]) -> None:
             str(row["ticks"]),
             f"{row['us_per_tick']:.0f}",
             f"{row['us_per_tick_fixed']:.0f}",
+            f"{row['cache_mib']:.1f}" if "cache_mib" in row else "-",
             "-" if row["tokens_equal"] is None else "yes" if row["tokens_equal"] else f"{row['divergences']} differ",
             "-" if row["accuracy"] is None else f"{row['accuracy']:.4f}",
         )

@@ -20,6 +20,7 @@ from ponder import bench_forward, compute
 from ponder.errors import UserError
 from ponder.halting.fixed import Fixed
 from ponder.models.config import Kv, Transformer
+from ponder.models.keeping import KEEPING, Keeping, Missing
 from ponder.protocols import Rule
 from ponder.tasks.task import Shape, Task
 
@@ -32,6 +33,7 @@ with epy.lazy_imports():  # `--help` needs none of these
     from ponder import models, profiling, records, train
     from ponder.engine import generate
     from ponder.engine import rollout as rollouts
+    from ponder.models.cached import Decoder
 
 Row = dict[str, Any]
 Exits = Literal["geometric", "bimodal", "straggler", "none"]
@@ -51,6 +53,10 @@ class Options:
     models: tuple[Build, ...] = get_args(Build)
     """Decoders of a core and a head, or with a prelude and a coda block; or whole rows (`ponder.bench_forward`)."""
     kv: tuple[Kv, ...] = ("first",)
+    missing: tuple[Missing, ...] = ()
+    """With kv="depth": refill once more for each of these ways to fill in a stopped token's keys (`Keeping`)."""
+    ring: tuple[int, ...] = ()
+    """With kv="depth": refill once more with so many planes of keys (`Keeping`)."""
     exits: tuple[Exits, ...] = ("geometric",)
     slots: tuple[int, ...] = (64,)
     """Requests that are answered at a time."""
@@ -100,7 +106,8 @@ def bench(options: Options, repeats: int) -> list[Row]:
         for slots in options.slots
         for case in (trained(options, slots) if options.workdir else made_up(options, slots))
     ]
-    rows = [row for slots, case in cases for row in measured(case, slots, repeats)]
+    keepings = (*(Keeping(missing=each) for each in options.missing), *(Keeping(ring=each) for each in options.ring))
+    rows = [row for slots, case in cases for row in measured(case, slots, repeats, keepings)]
     if "forward" in options.models and not options.workdir:
         rows += [
             row for slots in options.slots for exits in options.exits for row in forward(options, slots, exits, repeats)
@@ -200,16 +207,18 @@ def questions(task: Task, split: str, count: int) -> tuple[list[list[int]], list
     )
 
 
-def measured(case: Asked, slots: int, repeats: int) -> list[Row]:
-    """All executors in turns on one case."""
+def measured(case: Asked, slots: int, repeats: int, keepings: tuple[Keeping, ...] = ()) -> list[Row]:
+    """All executors in turns on one case, with kv="depth" refill for each of `keepings`, too."""
     parameters, key = nnx.split(case.model, nnx.Param)[1], jax.random.key(0)
     new = int(case.requests.limits.max())
     calls: dict[str, Callable[[], Any]] = {}
     first: dict[str, Any] = {}
     drafts = case.config.kv == "first" and case.config.steps > 1
-    names = [name for name in EXECUTORS if drafts or name != "speculative"]
-    for name in names:
-        executor = "masked" if name == "fixed" else name
+    kept = dict.fromkeys((name for name in EXECUTORS if drafts or name != "speculative"), KEEPING)
+    if case.config.kv == "depth":
+        kept |= {f"refill, {f'ring {each.ring}' if each.ring else each.missing}": each for each in keepings}
+    for name, keeping in kept.items():
+        executor = "masked" if name == "fixed" else name.partition(",")[0]
         rule, plan = (Fixed(), None) if name == "fixed" else (case.rule, case.plan)
         run = generate.program(
             case.model,
@@ -218,6 +227,7 @@ def measured(case: Asked, slots: int, repeats: int) -> list[Row]:
             new=new,
             slots=slots,
             executor=executor,  # type: ignore[arg-type]
+            keeping=keeping,
         )
         calls[name] = functools.partial(run, parameters, case.requests, key, plan)
         first[name] = jax.block_until_ready(calls[name]())
@@ -226,7 +236,7 @@ def measured(case: Asked, slots: int, repeats: int) -> list[Row]:
     reference = first["masked"][0]
     ideal = ideal_ratio(case, reference)
     rows = []
-    for name in names:
+    for name, keeping in kept.items():
         made, spent = first[name]
         same = np.asarray((made.ids == reference.ids).all(axis=1) & (made.lengths == reference.lengths))
         rows.append(
@@ -235,6 +245,7 @@ def measured(case: Asked, slots: int, repeats: int) -> list[Row]:
                 "ideal_ratio": 1.0 if name == "fixed" else ideal,
                 "ticks": int(spent[0]),
                 "exit_rows": int(spent[1]),
+                "cache_mib": cache_mib(case, slots, keeping),
                 "new_tokens": int(made.lengths.sum()),
                 "mean_steps": float(made.depth.sum() / made.lengths.sum()),
                 "tokens_equal": None if name == "fixed" else bool(same.all()),
@@ -244,6 +255,13 @@ def measured(case: Asked, slots: int, repeats: int) -> list[Row]:
             | timed(taken, name, int(spent[0]), int(first["fixed"][1][0]))
         )
     return rows
+
+
+def cache_mib(case: Asked, slots: int, keeping: Keeping) -> float:
+    """Of the keys and values of all slots."""
+    graph, parameters = nnx.split(case.model, nnx.Param)
+    cache = jax.eval_shape(lambda own: Decoder(nnx.merge(graph, own), case.length, keeping).empty(slots), parameters)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) / 2**20
 
 
 def timed(taken: dict[str, list[Any]], name: str, ticks: int, ticks_fixed: int) -> Row:

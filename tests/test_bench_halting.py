@@ -52,6 +52,16 @@ def test_every_executor_on_every_case(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "prelude+coda" in shown and "refill" in shown
 
 
+def test_caches_that_keep_less_are_rows_of_their_own() -> None:
+    options = {"models": ("core",), "exits": ("geometric",), "kv": ("depth",), "missing": ("projected",), "ring": (1,)}
+    rows = {row["executor"]: row for row in bench_halting.bench(Options(**vars(SMALL) | options), 1)}
+    assert list(rows) == ["fixed", "masked", "sync", "refill", "refill, projected", "refill, ring 1"]
+    assert rows["refill"]["tokens_equal"] and not rows["refill, ring 1"]["tokens_equal"]
+    # Keys and values, fp32, of three slots, seven positions and one head of 16, at each of three steps.
+    assert rows["refill"]["cache_mib"] == rows["refill, projected"]["cache_mib"] == 3 * 2 * 4 * 3 * 7 * 16 / 2**20
+    assert rows["refill, ring 1"]["cache_mib"] == rows["refill"]["cache_mib"] / 3
+
+
 def test_whole_rows_are_compacted_to_the_same_answers() -> None:
     options = Options(**vars(SMALL) | {"models": ("forward",), "slots": (6,), "exits": ("geometric", "none")})
     rows = bench_halting.bench(options, 1)

@@ -23,6 +23,7 @@ from ponder.engine.slots import Engine
 from ponder.engine.speculative import Draft, speculative
 from ponder.errors import UserError
 from ponder.models.cached import Decoder
+from ponder.models.keeping import KEEPING, Keeping
 from ponder.models.transformer import Transformer
 from ponder.protocols import Rule
 
@@ -44,6 +45,7 @@ def program(
     widths: tuple[int, ...] | None = None,
     together: int | None = None,
     draft: Draft = DRAFT,
+    keeping: Keeping = KEEPING,
 ) -> Program:
     """A jitted function of (parameters, requests, key) to a rollout and [ticks, exit rows, prefills].
 
@@ -58,6 +60,7 @@ def program(
       slots: B. widths: the batches in which stopped slots leave the core, `refill` alone (`widths_for`).
       together: prompts read at once, and free slots waited for; default an eighth of the slots.
       draft: how tokens are drafted, `speculative` alone.
+      keeping: keys that the cache keeps, where those that a model of kv="depth" was trained with are too many.
 
     Raises UserError, before anything is compiled, where model, control and sizes do not fit.
     """
@@ -71,7 +74,7 @@ def program(
     widths = widths_for(slots) if widths is None else widths
     check_widths(widths, slots)
     graphdef, parameters = nnx.split(model, nnx.Param)
-    jax.eval_shape(lambda parameters: Decoder(nnx.merge(graphdef, parameters), length).empty(1), parameters)
+    jax.eval_shape(lambda parameters: Decoder(nnx.merge(graphdef, parameters), length, keeping).empty(1), parameters)
     if "logits" in rule.needs and model.config.coda_layers:
         raise UserError(
             f"{type(rule).__name__} reads the answer at every step, through a coda that would have to show every "
@@ -87,7 +90,7 @@ def program(
     def run(
         parameters: Any, requests: Requests, key: jax.Array, plan: jax.Array | None = None
     ) -> tuple[Rollout, jax.Array]:
-        decoder = Decoder(nnx.merge(graphdef, parameters), length)
+        decoder = Decoder(nnx.merge(graphdef, parameters), length, keeping)
         engine = Engine(decoder, rule, control, sampling, requests, key, slots, together, plan)
         loops = {
             "refill": lambda: refill(engine, new, widths),

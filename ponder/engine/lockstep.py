@@ -36,7 +36,8 @@ def lockstep(engine: Engine, new: int, *, early: bool) -> Loop:
         slots, cache, _, ticks = walk
         everywhere = jnp.arange(engine.slots, dtype=jnp.int32)
         place = jnp.where(live, slots.position, engine.decoder.length)
-        cache = cache._replace(core=engine.decoder.stopped(slots.k, everywhere, place, cache.core))
+        core = engine.decoder.stopped(slots.state, slots.x, slots.k, everywhere, place, cache.core)
+        cache = cache._replace(core=core)
         left = engine.leave(slots, cache, None, live)
         loop = loop._replace(slots=slots, cache=cache, ticks=ticks, exit_rows=loop.exit_rows + engine.slots)
         return engine.settle(loop, left, written=True)

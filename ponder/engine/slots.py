@@ -323,7 +323,8 @@ class Engine:
             cache = Cache(left.prelude, core, left.coda)
         else:
             onwards = jnp.where(left.done, self.decoder.length, left.position + 1)
-            core = self.decoder.stopped(left.depth, rows, left.position, cache.core)
+            own = jnp.minimum(rows, self.slots - 1)
+            core = self.decoder.stopped(slots.state[own], slots.x[own], left.depth, rows, left.position, cache.core)
             cache = Cache(
                 [put(own, rows, onwards, new) for own, new in zip(cache.prelude, left.prelude, strict=True)],
                 [put(own, rows, onwards, new) for own, new in zip(core, left.core, strict=True)]

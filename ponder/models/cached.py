@@ -2,7 +2,8 @@
 
 Which keys of the core a token shows is the model's own `kv`, as in training. `first`: those of its prelude's output,
 one plane, written when the token begins; thinking steps then only read. `depth`: a token at step k sees those of step
-min(k, n) of a token that took n; there are K planes, and a token's last keys fill the planes after its own stop.
+min(k, n) of a token that took n; there are K planes, and a token's last keys fill the planes after its own stop. Or as
+`Keeping` says.
 
 Two ways to run a layer, for one reason. On CPU and GPU alike a cache that is carried through a loop must be updated in
 place, and XLA does so only where the update comes before every read of the same turn. A layer that runs on all slots
@@ -23,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ponder.errors import UserError
 from ponder.models import layers
 from ponder.models.attention import HIDDEN
+from ponder.models.keeping import KEEPING, Keeping
 from ponder.models.sizes import Sizes
 from ponder.models.transformer import Transformer
 from ponder.protocols import Seen
@@ -31,7 +33,7 @@ KeysValues = tuple[jax.Array, jax.Array]
 
 
 class Cache(NamedTuple):
-    """Keys and values of slots, a pair a layer: [B, M, S, H], of the core with kv="depth" [B, K, M, S, H]."""
+    """Keys and values of slots, a pair a layer: [B, M, S, H], of the core with kv="depth" [B, P, M, S, H], P planes."""
 
     prelude: list[KeysValues]
     core: list[KeysValues]
@@ -112,12 +114,12 @@ class Decoder:
     """Parts of a `Transformer` for one token a lane. Make it inside the jitted program, outside of its loops: a layer's
     parameters are cut out of their stack once.
 
-    `length`: S, positions that the cache has room for.
+    `length`: S, positions that the cache has room for. `keeping`: other keys than those it was trained with.
     Raises UserError where the model looks ahead, halts by example, holds several words in a lane, or has a core for
-    each step.
+    each step, or cannot be kept so.
     """
 
-    def __init__(self, model: Transformer, length: int):
+    def __init__(self, model: Transformer, length: int, keeping: Keeping = KEEPING):
         config = model.config
         if type(model) is not Transformer:
             raise UserError(f"decoding needs a plain transformer, this is a {type(model).__name__}")
@@ -127,7 +129,7 @@ class Decoder:
             raise UserError("decoding needs one core for all steps (tied=True): slots stand at different steps")
         self.model, self.length, self.steps = model, length, model.steps
         self.prelude, self.core, self.coda = map(_layers, (model.prelude, model.core, model.coda))
-        self.planes = model.steps if config.kv == "depth" else None
+        self.keeping, self.planes = keeping, keeping.planes(config)
 
     def empty(self, slots: int) -> Cache:
         """Zeros, in the compute dtype."""
@@ -165,7 +167,7 @@ class Decoder:
         position: Int[Array, "B"],
         cache: list[KeysValues],
     ) -> tuple[Float[Array, "B D"], list[KeysValues]]:
-        """Step `k` (from 1) of every slot. kv="depth": keys go to plane k of `cache`, which comes back.
+        """Step `k` (from 1) of every slot. kv="depth": keys go to the step's plane of `cache`, which comes back.
 
         A position of `length` or more writes nothing; such a slot's state is of no meaning.
         """
@@ -176,8 +178,9 @@ class Decoder:
         for layer, own in zip(self.core, cache, strict=True):
             normed = layer.attention_norm(h)
             if self.planes is not None:
-                own = put(own, slots, position, _of_one(layer.shown_by(normed, cosine, sine)), k - 1)
-                shown: KeysValues = (own[0][slots, k - 1], own[1][slots, k - 1])
+                plane = (k - 1) % self.planes
+                own = put(own, slots, position, _of_one(layer.shown_by(normed, cosine, sine)), plane)
+                shown: KeysValues = (own[0][slots, plane], own[1][slots, plane])
             else:
                 shown = own
             kept.append(own)
@@ -219,23 +222,29 @@ class Decoder:
 
     def stopped(
         self,
+        state: Float[Array, "n D"],
+        x: Float[Array, "n D"],
         k: Int[Array, "n"],
         rows: Int[Array, "n"],
         position: Int[Array, "n"],
         cache: list[KeysValues],
     ) -> list[KeysValues]:
-        """kv="depth": the cache with the keys of step `k` in all planes after it, of lanes that stopped there."""
+        """kv="depth": the cache with keys in the planes after that of step `k`, of lanes that stopped there in `state`.
+
+        Planes that an earlier step has filled (`Keeping.ring`) stay as they are."""
         if self.planes is None:
             return cache
         planes = jnp.arange(self.planes)
         after = jnp.where(planes[None] >= k[:, None], planes[None], self.planes)  # where not, nothing is written
-        last = jnp.minimum(rows, len(cache[0][0]) - 1), k - 1, jnp.minimum(position, self.length - 1)
-        return [
-            put(
-                own, rows, position, (own[0][last[0], last[1], :, last[2]], own[1][last[0], last[1], :, last[2]]), after
-            )
-            for own in cache
-        ]
+        if self.keeping.missing == "copied":
+            plane = jnp.minimum(k, self.planes) - 1
+            at = jnp.minimum(rows, len(cache[0][0]) - 1), plane, jnp.minimum(position, self.length - 1)
+            missing = [(keys[at[0], at[1], :, at[2]], values[at[0], at[1], :, at[2]]) for keys, values in cache]
+        else:
+            h = self.model.injected(state[:, None], x[:, None], 0)
+            angles = self._angles(position)
+            missing = [_of_one(layer.shown_by(layer.attention_norm(h), *angles)) for layer in self.core]
+        return [put(own, rows, position, new, after) for own, new in zip(cache, missing, strict=True)]
 
     def see(self, state: Float[Array, "n D"], needs: frozenset[str]) -> Seen:
         """The heads; of what needs the coda see `finish`."""
