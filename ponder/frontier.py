@@ -36,6 +36,7 @@ class Walked:
     question: np.ndarray  # [N] index of the question that the lane belongs to
     keys: np.ndarray  # [N] keys that it sees
     together: bool = False  # all lanes of a question stop at once
+    same: np.ndarray | None = None  # [questions] equal where rows ask the same; None: they all differ
 
     @property
     def steps(self) -> int:

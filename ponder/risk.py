@@ -37,8 +37,8 @@ def learn_then_test(risks: Sequence[np.ndarray], level: float, error: float = 0.
 
     What is promised: with probability 1 - `error` over the calibration examples, the setting's expected risk on a new
     example is at most `level`. What it rests on: calibration examples are independent draws of the distribution that
-    new ones come from (one risk an *example*: lanes of one question are not independent), they were used for nothing
-    else, and the model is fixed. It says nothing about other difficulties or other data.
+    new ones come from (one risk an *example*: neither the lanes of a question nor its repeated draws are independent),
+    they were used for nothing else, and the model is fixed. It says nothing about other difficulties or other data.
 
     Args:
       risks: for each setting, one number in [0, 1] a calibration example.

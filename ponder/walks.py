@@ -25,6 +25,7 @@ from ponder.objectives.ponder import lane_mask, thinking_lanes
 from ponder.objectives.walk import walk
 from ponder.program import Program
 from ponder.protocols import Measure, Rule, Seen
+from ponder.tasks.task import Task
 
 Row = dict[str, Any]
 HEADS = {"halt": "halt", "probe": "halt", "go": "go"}
@@ -85,6 +86,7 @@ class Walker:
             self._compiled[steps] = self._compile(steps)
         parts: list[tuple[Any, Any]] = []
         lanes, padding, keys, questions, length = 0, 0, 0.0, 0, 0
+        identities: dict[int, bytes] = {}
         for batch in self._held_out.batches(split, limit):
             answer = self._compiled[steps](params, run.put(batch, seeds=False))
             walked, thinks, real, seen, batch = jax.tree.map(np.asarray, answer)
@@ -92,6 +94,7 @@ class Walker:
             rows = np.arange(len(batch.segments)) + questions
             question = rows if batch.targets.ndim == 1 else rows[:, None] * (length + 1) + batch.segments
             questions += len(rows)
+            identities |= _identities(config.task, batch, question)
             chosen = jax.tree.map(lambda leaf, thinks=thinks: leaf[:, thinks], walked._asdict())
             own = {"target": batch.weights > 0, "difficulty": batch.difficulty, "question": question, "keys": seen}
             parts.append((chosen, {name: values[thinks] for name, values in own.items()}))
@@ -101,8 +104,9 @@ class Walker:
             lambda *leaves: np.concatenate(leaves, axis=1), *(chosen for chosen, _ in parts)
         )
         by_lane: dict[str, Any] = {name: np.concatenate([own[name] for _, own in parts]) for name in parts[0][1]}
-        by_lane["question"] = np.unique(by_lane["question"], return_inverse=True)[1]
-        walked = Walked(**by_step, **by_lane, together=run.abstract_model.halts_together)
+        named, by_lane["question"] = np.unique(by_lane["question"], return_inverse=True)
+        same = np.unique([identities[each] for each in named.tolist()], return_inverse=True)[1]
+        walked = Walked(**by_step, **by_lane, together=run.abstract_model.halts_together, same=same)
         return Recorded(walked, config, lanes, padding, keys / max(lanes, 1), length, meets_stopped(config.model))
 
     def _compile(self, steps: int) -> Callable[[Any, Batch], Any]:
@@ -119,6 +123,20 @@ class Walker:
 
         # Whole on every process, the batch as well: each of them has read its share of it alone.
         return jax.jit(one, out_shardings=sharding.replicated(self._run.mesh))
+
+
+def _identities(task: Task, batch: Batch, question: np.ndarray) -> dict[int, bytes]:
+    """What each of these questions is to its task."""
+    inputs, targets, weights = (np.asarray(leaf) for leaf in (batch.inputs, batch.targets, batch.weights))
+    if targets.ndim == 1:  # one a row
+        own = zip(question.tolist(), inputs, targets, weights, strict=True)
+        return {name: task.identity(*row) for name, *row in own}
+    found = {}
+    for row, lanes in enumerate(question):
+        for name in np.unique(lanes[batch.segments[row] > 0]).tolist():
+            its = lanes == name
+            found[name] = task.identity(inputs[row][its], targets[row][its], weights[row][its])
+    return found
 
 
 def can_walk(config: Config) -> bool:
@@ -319,15 +337,24 @@ def _evaluation(recorded: Recorded, split: str, exit: str, stops: Stops, rule: R
 
 
 def broken(walked: Walked, stops: Stops) -> np.ndarray:
-    """[questions] 1.0 where stopping early breaks an answer that the walk's last step gives right, else 0.0."""
+    """Share of each question's draws, in [0, 1], that are right at the walk's last step and that stopping early breaks.
+
+    Each question counts once (`Task.identity`), however often it was drawn: its draws are no independent examples."""
     whole = frontier.questions_right(walked, frontier.fixed(walked, walked.steps))
-    return (whole & ~frontier.questions_right(walked, stops)).astype(np.float64)
+    found = (whole & ~frontier.questions_right(walked, stops)).astype(np.float64)
+    if walked.same is None:
+        return found
+    asked = np.unique(walked.question[walked.target])
+    same = np.unique(walked.same[asked], return_inverse=True)[1]
+    return np.bincount(same, found) / np.bincount(same)
 
 
 def calibrated(
     validation: Walked, calibration: Walked, measure: str, level: float, error: float = 0.05
 ) -> float | None:
     """The boldest threshold of a measure that breaks at most `level` of the questions, with probability 1 - `error`.
+
+    Each question counts once (`broken`), here and where a test split is judged.
 
     Candidates are quantiles of the measure on `validation`, from careful to bold; the promise and its assumptions are
     those of `ponder.risk.learn_then_test` on `calibration`. None where not even the most careful one keeps it.
@@ -347,9 +374,10 @@ def resplits(
     pairs = zip(*(_risks(walked, measure, candidates) for walked in (calibration, test)), strict=True)
     risks = np.stack([np.concatenate(pair) for pair in pairs])  # [candidates, questions]
     drawn = np.random.default_rng(0)
+    calibrated_on = len(_risks(calibration, measure, candidates[:1])[0])
     found = []
     for _ in range(count):
-        own, other = np.split(drawn.permutation(risks.shape[1]), [calibration.asked])
+        own, other = np.split(drawn.permutation(risks.shape[1]), [calibrated_on])
         chosen = risk.learn_then_test(list(risks[:, own]), level, error)
         found.append(0.0 if chosen is None else float(risks[chosen, other].mean()))
     return found

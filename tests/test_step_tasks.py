@@ -464,3 +464,22 @@ def test_bad_settings_and_questions_are_one_line(make: Callable[[], object], mes
     with pytest.raises(UserError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_chains_of_equal_maps_are_one_example(every: bool) -> None:
+    task = Chains(modulus=5, max_train_operations=4, max_operations=7, every=every, **ROWS)
+    seen: dict[bytes, set[tuple[tuple[int, int], ...]]] = {}
+    rows = all_rows(task, "test")
+    for inputs, targets, weights, segments in zip(rows.inputs, rows.targets, rows.weights, rows.segments, strict=True):
+        start, *operations = [token for token in task.decode(inputs[segments > 0].tolist()).split() if token != "?"]
+        maps = [tuple(chain_map(operation, x, 5) for x in (0, 1)) for operation in operations]
+        own = (inputs, targets, weights) if every else (each[segments > 0] for each in (inputs, targets, weights))
+        seen.setdefault(task.identity(*own), set()).add(((int(start), 0), *maps))  # type: ignore[misc]
+    assert all(len(meanings) == 1 for meanings in seen.values())
+    assert len(seen) == len(set.union(*seen.values())) < len(np.unique(rows.inputs, axis=0))
+
+
+def chain_map(operation: str, x: int, modulus: int) -> int:
+    constant = int(operation[1:])
+    return {"+": x + constant, "-": x - constant, "*": x * constant}[operation[0]] % modulus

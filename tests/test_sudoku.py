@@ -416,3 +416,10 @@ def test_a_damaged_file_is_refused(published: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("PONDER_DATA", str(tmp_path))
     with pytest.raises(UserError, match="damaged or another version"):
         Sudoku(source="top1465").sources()
+
+
+def test_puzzles_of_one_class_of_grids_are_one_example() -> None:
+    task = Sudoku(size=6, train_rows=50, evaluation_rows=300)
+    rows = [np.concatenate(each) for each in zip(*task.rows("calibration"), strict=True)]
+    identities = {task.identity(*(leaf[row] for leaf in rows[:3])) for row in range(300)}
+    assert len(identities) == 4  # as many classes as that split has

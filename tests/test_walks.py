@@ -286,6 +286,34 @@ def test_walks_with_and_without_unrolling_agree(trained: Any) -> None:
     )
 
 
+def test_draws_of_one_question_count_once() -> None:
+    """A question that is drawn a thousand times is one example: a promise that rests on it alone is none."""
+    correct = [[1] * 8 + [0, 0], [1] * 10]
+    once = walked(correct, range(10))
+    often = walked(correct, range(10), same=np.array([0, 0, 0, 0, 0, 0, 1, 2, 1, 2]))
+    at_once = frontier.fixed(once, 1)
+    assert walks.broken(once, at_once).tolist() == [0.0] * 8 + [1.0] * 2
+    assert walks.broken(often, at_once).tolist() == [0.0, 0.5, 0.5]
+    partly = walked(correct, range(10), target=[False, *[True] * 9], same=np.array([5, 0, 0, 0, 0, 0, 1, 1, 2, 2]))
+    assert walks.broken(partly, frontier.fixed(partly, 1)).tolist() == [0.0, 0.0, 1.0]
+
+    settled = {"margin": np.zeros((2, 1000))}
+    drawn = walked(np.ones((2, 1000), bool), range(1000), unrest=settled)
+    assert walks.calibrated(drawn, drawn, "margin", 0.05) is not None
+    repeated = dataclasses.replace(drawn, same=np.arange(1000) % 20)
+    assert walks.calibrated(drawn, repeated, "margin", 0.05) is None
+
+
+def test_a_walk_knows_which_questions_are_the_same(trained: Any) -> None:
+    run, params, held_out = prepared(trained)
+    recorded = walks.Walker(run, held_out).record(params, "test").walked
+    assert recorded.same is not None and len(recorded.same) == recorded.question.max() + 1
+    texts = []
+    for block in run.config.task.rows("test"):
+        texts += [(ids.tobytes(), weights.tobytes()) for ids, weights in zip(block.inputs, block.weights, strict=True)]
+    assert len(np.unique(recorded.same)) == len(set(texts[: len(recorded.same)])) < len(recorded.same)
+
+
 def test_resplits_keep_the_risk_that_was_promised() -> None:
     """Of 200 dealings, each calibrated on one half and judged on the other. The unrest of a question tells how likely
     stopping breaks it, so that bold thresholds do break the level."""
