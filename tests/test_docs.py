@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = ROOT / "docs" / "methods"
 INDEX = METHODS / "README.md"
 PAGES = [page for page in sorted(METHODS.glob("*.md")) if page != INDEX]
-DOCUMENTS = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+DOCUMENTS = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "experiments" / "results" / "README.md"]
 HEADINGS = (
     "Equations",
     "Source",
