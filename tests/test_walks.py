@@ -305,13 +305,21 @@ def test_draws_of_one_question_count_once() -> None:
 
 
 def test_a_walk_knows_which_questions_are_the_same(trained: Any) -> None:
+    """Two of a row's questions are equal, and so is one of the next row."""
     run, params, held_out = prepared(trained)
+    [batch] = held_out.batches("test", 4)
+    ids = np.array([[1, 2, 3, 1, 2, 3], [1, 2, 3, 4, 5, 0]])
+    segments = np.array([[1, 1, 1, 2, 2, 2], [1, 1, 1, 2, 2, 0]])
+    packed = batch._replace(inputs=ids, targets=ids, weights=np.float32(segments > 0), segments=segments)
+    question = np.arange(2)[:, None] * 7 + segments
+    found = walks._identities(run.config.task, packed, question)
+    assert set(found) == {1, 2, 8, 9}
+    assert found[1] == found[2] == found[8] != found[9]
+
     recorded = walks.Walker(run, held_out).record(params, "test").walked
     assert recorded.same is not None and len(recorded.same) == recorded.question.max() + 1
-    texts = []
-    for block in run.config.task.rows("test"):
-        texts += [(ids.tobytes(), weights.tobytes()) for ids, weights in zip(block.inputs, block.weights, strict=True)]
-    assert len(np.unique(recorded.same)) == len(set(texts[: len(recorded.same)])) < len(recorded.same)
+    texts = {row.tobytes() for block in run.config.task.rows("test") for row in block.inputs}
+    assert len(np.unique(recorded.same)) == len(texts)
 
 
 def test_resplits_keep_the_risk_that_was_promised() -> None:
