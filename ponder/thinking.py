@@ -137,6 +137,7 @@ class Writer:
                 control=Free(stop=self._config.task.stop),
                 sampling=self._sampling,
                 slots=slots,
+                samples=self._samples,
             )
             self._programs[size] = run.lower(self._parameters, asked, self._key).compile()
         return self._programs[size]

@@ -127,6 +127,15 @@ def answered(rows: Any, model: Any = None, rule: Any = RULE, seed: int = 5, **op
     return jax.device_get(generate(model, rule, rows, jax.random.key(seed), length=LENGTH, **options)[0])
 
 
+def test_samples_of_a_problem_share_the_reading_of_its_prompt() -> None:
+    """The same rollouts, with a place for one prompt where there were four; in whatever order the requests come."""
+    rows, options = asked_of(3, samples=4), {"sampling": Sampling(temperature=1.0), "slots": 5, "together": 4}
+    one = answered(rows, **options)
+    same(one, answered(rows, samples=4, **options))
+    mixed = np.random.default_rng(0).permutation(12)
+    same(taken(one, mixed), answered(taken(rows, mixed), samples=4, **options))
+
+
 def taken(rows: Any, order: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[np.asarray(order)], rows)
 

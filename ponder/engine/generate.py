@@ -44,6 +44,7 @@ def program(
     executor: Executor = "refill",
     widths: tuple[int, ...] | None = None,
     together: int | None = None,
+    samples: int = 1,
     draft: Draft = DRAFT,
     keeping: Keeping = KEEPING,
 ) -> Program:
@@ -58,7 +59,9 @@ def program(
       length: S, positions that the cache has room for. `ponder.engine.rollout.requests` checks prompts against it.
       new: N, most new tokens of any request.
       slots: B. widths: the batches in which stopped slots leave the core, `refill` alone (`widths_for`).
-      together: prompts read at once, and free slots waited for; default an eighth of the slots.
+      together: slots filled at once, and free ones waited for; default an eighth of the slots.
+      samples: G, where that many requests of each problem follow one another. A prompt is then read once for those that
+        are filled in together, and only a G-th as many prompts have a place in that program.
       draft: how tokens are drafted, `speculative` alone.
       keeping: keys that the cache keeps, where those that a model of kv="depth" was trained with are too many.
 
@@ -71,6 +74,9 @@ def program(
     together = max(1, slots // 8) if together is None else together
     if not 1 <= together <= slots:
         raise UserError(f"together={together}: must be in 1..{slots}, the number of slots")
+    if samples < 1:
+        raise UserError(f"samples={samples}: must be at least 1")
+    reads = -(-together // samples)
     widths = widths_for(slots) if widths is None else widths
     check_widths(widths, slots)
     graphdef, parameters = nnx.split(model, nnx.Param)
@@ -91,7 +97,7 @@ def program(
         parameters: Any, requests: Requests, key: jax.Array, plan: jax.Array | None = None
     ) -> tuple[Rollout, jax.Array]:
         decoder = Decoder(nnx.merge(graphdef, parameters), length, keeping)
-        engine = Engine(decoder, rule, control, sampling, requests, key, slots, together, plan)
+        engine = Engine(decoder, rule, control, sampling, requests, key, slots, together, reads, plan)
         loops = {
             "refill": lambda: refill(engine, new, widths),
             "sync": lambda: lockstep(engine, new, early=True),

@@ -82,7 +82,9 @@ class Engine:
     key: jax.Array
     slots: int
     together: int
-    """Prompts that are read at once, and free slots that are waited for before they are."""
+    """Slots that are filled at once, and free ones that are waited for before they are."""
+    reads: int
+    """Different prompts that are read for them."""
     plan: Int[Array, "R L"] | None = None
     """Steps of each request's lanes, in place of the rule's decision. None: the rule decides."""
 
@@ -170,14 +172,19 @@ class Engine:
         free = ~self.live(loop.slots)
         rows, taken = first(free, many)
         request = loop.queue + jnp.arange(many, dtype=jnp.int32)
-        taken = taken & (request < self.count)
-        rows = jnp.where(taken, rows, self.slots)
         source = jnp.minimum(request, self.count - 1)
-        prompts, lengths = self.requests.prompts[source], self.requests.lengths[source]
+        # Samples of a problem share its prompt: it is read once for those that come one after the other.
+        problem = self.requests.problem[source]
+        another = jnp.concatenate([jnp.ones(1, bool), problem[1:] != problem[:-1]])
+        which = jnp.cumsum(another, dtype=jnp.int32) - 1
+        taken = taken & (request < self.count) & (which < self.reads)
+        rows = jnp.where(taken, rows, self.slots)
+        own = source[first(another, self.reads)[0]]
+        prompts, lengths = self.requests.prompts[own], self.requests.lengths[own]
         if self.prompts_think:
             prompts, lengths = prompts[:, :1], jnp.ones_like(lengths)
-        prefix = read(decoder, prompts, lengths)
-        slots = loop.slots
+        prefix = jax.tree.map(lambda leaf: leaf[which], read(decoder, prompts, lengths))
+        lengths, slots = lengths[which], loop.slots
 
         def fill(leaf: jax.Array, new: jax.Array) -> jax.Array:
             return leaf.at[rows].set(new.astype(leaf.dtype), mode="drop", unique_indices=True)
