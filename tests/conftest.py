@@ -1,11 +1,12 @@
 """Every test runs on eight forced CPU devices, with shapes and dtypes checked and warnings as errors.
 
-Subprocesses that a test starts get the compile cache, and nothing else of this.
+Subprocesses that a test starts get the compile cache and programs that are compiled in a hurry, and nothing else of this.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,6 +16,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Most of the time goes to compiling programs that run for milliseconds.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -40,3 +43,12 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder.name}: set PONDER_DATA to their folder")
     return folder
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """For tests that look at what the compiler made of a program."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

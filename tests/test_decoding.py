@@ -123,13 +123,15 @@ def asked_of(count: int = 7, new: int = 6, samples: int = 1, seed: int = 0) -> A
 
 def answered(rows: Any, model: Any = None, rule: Any = RULE, seed: int = 5, **options: Any) -> Any:
     model = built() if model is None else model
-    options = {"slots": 3, "together": 2} | options
+    if "slots" not in options:
+        options = {"slots": 3, "together": 2, "widths": (1, 3)} | options  # a narrower ladder compiles sooner
     return jax.device_get(generate(model, rule, rows, jax.random.key(seed), length=LENGTH, **options)[0])
 
 
 def test_samples_of_a_problem_share_the_reading_of_its_prompt() -> None:
     """The same rollouts, with a place for one prompt where there were four; in whatever order the requests come."""
-    rows, options = asked_of(3, samples=4), {"sampling": Sampling(temperature=1.0), "slots": 5, "together": 4}
+    rows, options = asked_of(3, samples=4), {"sampling": Sampling(temperature=1.0), "slots": 4, "together": 4}
+    options["widths"] = (1, 4)
     one = answered(rows, **options)
     same(one, answered(rows, samples=4, **options))
     mixed = np.random.default_rng(0).permutation(12)
@@ -311,7 +313,7 @@ def test_insisting_writes_in_place_of_the_stop() -> None:
 def test_planned_steps_are_taken_and_the_ticks_are_the_mean_not_the_largest() -> None:
     model, rows = built(), asked_of(40, new=8)
     plan = np.random.default_rng(0).choice([1, 4], (40, LENGTH), p=[0.8, 0.2]).astype(np.int32)
-    run = program(model, PonderNet(), length=LENGTH, new=8, slots=8, together=1)
+    run = program(model, PonderNet(), length=LENGTH, new=8, slots=8, together=1, widths=(2, 4, 8))
     parameters = nnx.split(model, nnx.Param)[1]
     made, spent = run(parameters, rows, jax.random.key(0), jnp.asarray(plan))
     lengths = np.asarray(rows.lengths)
@@ -326,10 +328,11 @@ def test_planned_steps_are_taken_and_the_ticks_are_the_mean_not_the_largest() ->
     assert int(ticks[0]) > 1.6 * int(spent[0])
 
 
+@pytest.mark.usefixtures("optimised")
 def test_no_cache_is_copied_within_the_loop() -> None:
     """A whole-cache copy a tick is what makes such an engine slow."""
     model = built(dataclasses.replace(MODEL, d_model=32, heads=4, kv_heads=4))
-    run = program(model, PonderNet(), length=LENGTH, new=6, slots=5, together=1)
+    run = program(model, PonderNet(), length=LENGTH, new=6, slots=5, together=1, widths=(2, 5))
     text = run.lower(nnx.split(model, nnx.Param)[1], asked_of(), jax.random.key(0)).compile().as_text()
     body = [line for line in text.splitlines() if " copy(" in line and "f32[5,4,14,8]" in line.split(" copy(")[0]]
     assert len(body) <= 6, body  # at the start alone, one an array at most

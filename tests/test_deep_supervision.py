@@ -70,13 +70,19 @@ def test_updates_are_those_of_one_step_losses_with_the_state_handed_on() -> None
         total = ((each + lesson[:, None]) * batch.weights).sum() / batch.weights.sum()
         return total, state
 
-    state, losses = None, []
-    for _ in range(3):
+    @jax.jit
+    def update(params: Any, state: Any, moments: Any, average: Any) -> Any:
         (value, state), gradients = jax.value_and_grad(loss, has_aux=True)(params, state)
         updates, moments = optimizer.update(gradients, moments)
         params = optax.apply_updates(params, updates)
         average = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, average, params)
+        return value, (params, state, moments, average)
+
+    held, losses = (params, None, moments, average), []
+    for _ in range(3):
+        value, held = update(*held)
         losses.append(float(value))
+    params, _, _, average = held
     after, measured = run.train_step(run.initial_state(), batch)
     assert float(measured["loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
     assert (int(after.step), float(measured["steps"])) == (1, 3.0)
