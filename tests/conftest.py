@@ -1,6 +1,6 @@
 """Every test runs on eight forced CPU devices, with shapes and dtypes checked and warnings as errors.
 
-Subprocesses that a test starts get the compile cache and programs that are compiled in a hurry, and nothing else of this.
+Subprocesses that a test starts get the compile cache and hurried compilation, and nothing else of this.
 """
 
 from __future__ import annotations
