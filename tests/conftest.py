@@ -48,7 +48,6 @@ def data_dir() -> Path:
 @pytest.fixture
 def optimised() -> Iterator[None]:
     """For tests that look at what the compiler made of a program."""
-    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
