@@ -33,7 +33,7 @@ with epy.lazy_imports():  # `--help` needs none of these
     from ponder import models, profiling, records, train
     from ponder.engine import generate
     from ponder.engine import rollout as rollouts
-    from ponder.models.cached import Decoder
+    from ponder.models import cached
 
 Row = dict[str, Any]
 Exits = Literal["geometric", "bimodal", "straggler", "none"]
@@ -260,7 +260,9 @@ def measured(case: Asked, slots: int, repeats: int, keepings: tuple[Keeping, ...
 def cache_mib(case: Asked, slots: int, keeping: Keeping) -> float:
     """Of the keys and values of all slots."""
     graph, parameters = nnx.split(case.model, nnx.Param)
-    cache = jax.eval_shape(lambda own: Decoder(nnx.merge(graph, own), case.length, keeping).empty(slots), parameters)
+    cache = jax.eval_shape(
+        lambda own: cached.Decoder(nnx.merge(graph, own), case.length, keeping).empty(slots), parameters
+    )
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) / 2**20
 
 
