@@ -27,7 +27,7 @@ MESHES = [Mesh(8, 1, 1), Mesh(2, 4, 1), Mesh(2, 2, 2)]
 BATCH = 16
 LANGUAGE = Config(
     task=Addition(digits=2),
-    model=Transformer(steps=2, d_model=16, heads=4, kv_heads=2, mlp_size=24),
+    model=Transformer(steps=2, d_model=16, heads=4, kv_heads=2, mlp_size=24, core_layers=2),
     rule=PonderNet(prior=0.4, beta=0.01),
     optim=Optim(accumulate=2, ema_decay=0.9, weight_decay=0.1),
     training=Training(batch_size=BATCH, steps=10),
