@@ -5,7 +5,8 @@
 Walks all steps on a split once and reads everything off that walk: fixed depths, readouts that need no training
 (margin, entropy, KL, change of the state, ...) over their thresholds, the rule's own head, and the oracle that stops at
 the first right step. One JSON object a line goes to `<workdir>/evaluate-<split>.jsonl`. With --risk each readout gets a
-threshold calibrated on the calibration split (Learn then Test), and what it then breaks on this split is told.
+threshold calibrated on the calibration split (Learn then Test), and what it then breaks on this split is told. With
+--within readouts and head get the boldest threshold that costs at most so much accuracy on validation.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Options:
     resplits: int = 0
     """With --risk: so often the questions of the calibration split and of this one are thrown together and dealt anew,
     and the share of times is told in which the risk was kept."""
+    within: float | None = None
+    """Choose a threshold for each exit on validation: the fewest steps with at most this much less accuracy there."""
     rows: int | None = None
     """Rows of the split. None: all."""
     which: Literal["best", "last"] = "last"
@@ -81,6 +84,7 @@ def evaluate(
     depths: tuple[int, ...] = (),
     risk: float | None = None,
     resplits: int = 0,
+    within: float | None = None,
     rows: int | None = None,
     which: Literal["best", "last"] = "last",
     data_dir: str | None = None,
@@ -104,6 +108,7 @@ def evaluate(
                 depths=depths,
                 risk=risk,
                 resplits=resplits,
+                within=within,
                 rows=rows,
                 which=which,
                 cache_dir=cache_dir,
@@ -124,6 +129,10 @@ def evaluate(
             "--risk needs tokens that do not see each other's steps, or stop together: of this model a walk is no "
             "promise"
         )
+    if within is not None and not 0 <= within < 1:
+        raise UserError(f"--within={within}: must be in [0, 1), the accuracy that may be lost")
+    if within is not None and split == "validation":
+        raise UserError("--within with --split=validation: what chose the thresholds cannot try them, use test")
     for name in rule:
         if name not in EXITS:
             raise UserError(f"there is no exit {name!r}{nearest(name, EXITS)}")
@@ -144,6 +153,9 @@ def evaluate(
         wanted = [name for name in get_args(Measure) if not rule or name in rule]
         kept = (_at_risk(recorded, validation, calibration, name, risk, resplits) for name in wanted)
         told += [row for row in kept if row is not None]
+    if within is not None:
+        chosen = walks.within(recorded, walker.record(params, "validation"), within)
+        told += [row for row in chosen if not rule or row["frontier"].split()[0] in rule]
     about = {"split": split, "arm": config.name, "seed": config.seed, "trained_steps": config.model.steps}
     summary = {"frontier": "summary", **walks.summary(found, recorded)}
     return [about | row for row in (*told, summary)]

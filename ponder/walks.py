@@ -166,16 +166,44 @@ def rows(recorded: Recorded, depths: tuple[int, ...] = (), points: int = 17) -> 
         add("fixed", steps, frontier.fixed(recorded.walked, steps), Fixed(), recorded)
     for measure in get_args(Measure):
         for threshold in frontier.thresholds(walked.unrest[measure][:, walked.target], points):
-            rule = Readout(measure=measure, threshold=float(threshold))
-            add(measure, float(threshold), frontier.by_unrest(walked, measure, threshold), rule)
+            add(measure, float(threshold), *_stopping(short, measure, float(threshold)))
     own = recorded.config.rule
     if walked.halt is not None:
-        stops_at = frontier.by_probability if isinstance(own, Correctness | Classifier) else frontier.by_quantile
         for threshold in np.linspace(0.05, 0.95, points):
-            add("head", float(threshold), stops_at(walked, float(threshold)), own)
+            add("head", float(threshold), *_stopping(short, "head", float(threshold)))
     if walked.go is not None:
         add("value", None, frontier.by_value(walked), own)
     add("oracle", None, frontier.oracle(walked), Fixed())
+    return found
+
+
+def _stopping(recorded: Recorded, exit: str, threshold: float) -> tuple[Stops, Rule]:
+    """Where a readout, or the rule's own `head`, stops at this threshold, and a rule that looks at as much."""
+    walked, own = recorded.walked, recorded.config.rule
+    if exit != "head":
+        measure: Any = exit
+        return frontier.by_unrest(walked, exit, threshold), Readout(measure=measure, threshold=threshold)
+    stops_at = frontier.by_probability if isinstance(own, Correctness | Classifier) else frontier.by_quantile
+    return stops_at(walked, threshold), own
+
+
+def within(recorded: Recorded, validation: Recorded, loss: float) -> list[Row]:
+    """Every exit that has a threshold, at the one that takes the fewest steps on `validation` with an accuracy there at
+    most `loss` below that of the last trained step. Chosen on one split and told of another, but no promise.
+
+    An exit whose every threshold costs more than that is left out.
+    """
+    trained = recorded.config.model.steps
+    recorded, validation = recorded.upto(trained), validation.upto(trained)
+    tried = rows(validation)
+    [last] = [row["accuracy"] for row in tried if row["frontier"] == "fixed" and row["setting"] == trained]
+    found = []
+    for exit in (*get_args(Measure), "head"):
+        good = [row for row in tried if row["frontier"] == exit and row["accuracy"] >= last - loss]
+        if good:
+            setting = min(good, key=lambda row: row["steps"])["setting"]
+            stops, rule = _stopping(recorded, exit, setting)
+            found.append(_point(recorded, f"{exit} within {loss:g}", setting, stops, rule))
     return found
 
 

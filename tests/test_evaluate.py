@@ -36,7 +36,7 @@ def run(folder: Path, monkeypatch: Any, *words: str) -> int:
 
 def test_rows_table_and_file(workdir: Path, monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
     output = tmp_path / "rows.jsonl"
-    words = ("--split=test", "--depths=4,8", "--risk=0.3", "--resplits=20", f"--output={output}")
+    words = ("--split=test", "--depths=4,8", "--risk=0.3", "--resplits=20", "--within=0.2", f"--output={output}")
     assert run(workdir, monkeypatch, *words) == 0
     shown = capsys.readouterr().out
     assert "regret of the best fixed depth" in shown and "margin" in shown
@@ -47,6 +47,8 @@ def test_rows_table_and_file(workdir: Path, monkeypatch: Any, capsys: Any, tmp_p
     at_risk = [row for row in rows if "at risk 0.3" in row["frontier"]]
     assert at_risk and all(0 <= row["broken"] <= 1 for row in at_risk)
     assert all(row["resplits"] == 20 and 0 <= row["kept"] <= 1 for row in at_risk)
+    chosen = [row["frontier"] for row in rows if "within 0.2" in row["frontier"]]
+    assert chosen == [f"{exit} within 0.2" for exit in main.EXITS if f"{exit} within 0.2" in chosen] != []
     assert {"head", "oracle", "kl"} <= {row["frontier"] for row in rows}
 
 
@@ -64,6 +66,8 @@ def test_chosen_exits_and_the_usual_place(workdir: Path, monkeypatch: Any) -> No
         (["--depths=0"], "0 thinking steps"),
         (["--risk=1.5"], "the risk level is 1.5"),
         (["--resplits=20", "--risk=0.1", "--split=calibration"], "what chose the thresholds cannot try them"),
+        (["--within=1"], "--within=1.0: must be in"),
+        (["--within=0.1", "--split=validation"], "what chose the thresholds cannot try them"),
         (["--resplits=20"], "--resplits is 20: at least 0, and with --risk"),
         (["--workdir=nowhere"], "nowhere"),
     ],

@@ -322,6 +322,29 @@ def test_a_walk_knows_which_questions_are_the_same(trained: Any) -> None:
     assert len(np.unique(recorded.same)) == len(texts)
 
 
+def test_a_threshold_is_chosen_on_validation_and_told_of_another_split(trained: Any) -> None:
+    run, params, held_out = prepared(trained)
+    walker = walks.Walker(run, held_out)
+    test, validation = (walker.record(params, split) for split in ("test", "validation"))
+    tried = walks.rows(validation)
+    last = next(row["accuracy"] for row in tried if (row["frontier"], row["setting"]) == ("fixed", 4))
+    for loss in (0.0, 0.2):
+        found = walks.within(test, validation, loss)
+        assert {row["frontier"] for row in found} >= {f"margin within {loss:g}", f"head within {loss:g}"}
+        for row in found:
+            exit = row["frontier"].split()[0]
+            of_exit = {each["setting"]: each for each in tried if each["frontier"] == exit}
+            own = of_exit[row["setting"]]
+            assert own["accuracy"] >= last - loss
+            assert all(own["steps"] <= each["steps"] for each in of_exit.values() if each["accuracy"] >= last - loss)
+            again = next(
+                each for each in walks.within(validation, validation, loss) if each["frontier"] == row["frontier"]
+            )
+            assert {name: again[name] for name in ("accuracy", "steps", "useful_flops")} == pytest.approx(
+                {name: own[name] for name in ("accuracy", "steps", "useful_flops")}
+            )
+
+
 def test_resplits_keep_the_risk_that_was_promised() -> None:
     """Of 200 dealings, each calibrated on one half and judged on the other. The unrest of a question tells how likely
     stopping breaks it, so that bold thresholds do break the level."""
