@@ -1,9 +1,10 @@
 """Is a learned gate worth more than reading the confidence off a model that was never taught to halt?
 
-Parity of 12-vectors, or chains of modular arithmetic (at least one step for each operation). Every learned rule stands
-beside readouts of a model whose steps were all trained alike (`supervised`) and of one that was trained at its last
-step alone (`fixed8`), each at a threshold calibrated to break at most 1 % of the questions; beside separately trained
-fixed depths; and beside the oracle, which stops at the first right step. What a readout looks at is in its FLOPs.
+Parity of 12-vectors, chains of modular arithmetic or p-hop induction (one step for each operation, or hop, for whoever
+takes them one after the other). Every learned rule stands beside readouts of a model whose steps were all trained alike
+(`supervised`) and of one that was trained at its last step alone (`fixed8`), each at a threshold calibrated to break at
+most 1 % of the questions; beside separately trained fixed depths; and beside the oracle, which stops at the first right
+step. What a readout looks at is in its FLOPs.
 
 Run:    python -m ponder.train  --config=experiments/gate_or_readout.py:arm=supervised --workdir=runs/gate
 Table:  python -m ponder.ablate --config=experiments/gate_or_readout.py --output=experiments/results/gate_or_readout
@@ -13,8 +14,8 @@ Quick:  python -m ponder.train  --config=experiments/gate_or_readout.py:smoke --
 Cost of the table: 55 runs, 2.91 core-hours of a busy AMD EPYC (the quickest runs took 41 s on a core). It gave (five
 seeds): a depth of two steps is exact and cheaper than any other exit above 0.95; readouts of `supervised` 0.9926 to
 0.9972 at 2.4 to 4.9 steps, no learned head better than they.
-With `:task=chains` it is chains of up to four operations. That table is not whole yet (results/chains has its first
-rows); in a pilot one core step was as right as eight (LOG.md).
+Chains of up to four operations, `:task=chains` into results/chains, 4.52 core-hours: fixed1 0.9726, margin on
+`supervised` 0.9231 at 1.13 of four steps, no learned exit shown to differ from it.
 """
 
 import dataclasses
