@@ -29,7 +29,7 @@ def get_config(arm: str = "pondernet", seed: int = 0, nineteen: bool = False, sm
 
 def of_arm(arm: str, seed: int, nineteen: bool, smoke: bool) -> Config:
     halts = {"act": Act(tau=0.005), "pondernet": PonderNet(prior=0.4, beta=0.01)}
-    most = 10 if nineteen else STEPS  # 10 and 128, below: Banino et al. 2021, arXiv 2107.05407, section 4.2
+    most = 10 if nineteen else STEPS  # 10 and 128, below: Banino et al. 2021, arXiv 2107.05407
     depth = most if arm in halts else int(arm.removeprefix("fixed"))
     chosen = (1, 15) if smoke else tuple(task for task in ALL if task != 3) if nineteen else (1, 2, 6, 9, 15, 16)
     return Config(

@@ -107,6 +107,8 @@ def bench(options: Options, repeats: int) -> list[Row]:
         for case in (trained(options, slots) if options.workdir else made_up(options, slots))
     ]
     keepings = (*(Keeping(missing=each) for each in options.missing), *(Keeping(ring=each) for each in options.ring))
+    if keepings and all(case.config.kv == "first" for _, case in cases):
+        raise UserError('--missing and --ring choose keys of kv="depth": add --kv=depth, or a run of such a model')
     rows = [row for slots, case in cases for row in measured(case, slots, repeats, keepings)]
     if "forward" in options.models and not options.workdir:
         rows += [

@@ -144,12 +144,12 @@ def evaluate(
     run = program.compile_program(config, sharding.make_mesh(config.mesh))
     params = nnx.split(train.load(workdir, which), nnx.Param)[1]
     walker = walks.Walker(run, evaluation.HeldOut(run, cache_dir))
-    recorded = walker.record(params, split, steps, rows)
+    recorded = walker.record(params, split, steps, rows, identified=risk is not None)
     found = walks.rows(recorded, depths)
     told = [row for row in found if not rule or row["frontier"] in rule]
     if risk is not None:
         validation = walker.record(params, "validation").walked
-        calibration = walker.record(params, "calibration").walked
+        calibration = walker.record(params, "calibration", identified=True).walked
         wanted = [name for name in get_args(Measure) if not rule or name in rule]
         kept = (_at_risk(recorded, validation, calibration, name, risk, resplits) for name in wanted)
         told += [row for row in kept if row is not None]

@@ -123,6 +123,7 @@ def test_a_trained_run_answers_its_test_questions(tmp_path: Path) -> None:
     [
         ({"slots": (0,)}, "slots=0: must be at least 1"),
         ({"slots": ()}, "slots is empty"),
+        ({"ring": (1,)}, 'choose keys of kv="depth"'),
         ({"exits": ()}, "exits is empty"),
         ({"requests": 0}, "requests=0: must be at least 1"),
         ({"prompt": (4, 2)}, "prompt=4 2: must be"),

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from ponder import models
+from ponder.engine import slots as engine_slots
 from ponder.engine.control import Free, Insist, Next
 from ponder.engine.generate import generate, program
 from ponder.engine.masked import masked
@@ -128,12 +129,19 @@ def answered(rows: Any, model: Any = None, rule: Any = RULE, seed: int = 5, **op
     return jax.device_get(generate(model, rule, rows, jax.random.key(seed), length=LENGTH, **options)[0])
 
 
-def test_samples_of_a_problem_share_the_reading_of_its_prompt() -> None:
+def test_samples_of_a_problem_share_the_reading_of_its_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same rollouts, with a place for one prompt where there were four; in whatever order the requests come."""
     rows, options = asked_of(3, samples=4), {"sampling": Sampling(temperature=1.0), "slots": 4, "together": 4}
     options["widths"] = (1, 4)
-    one = answered(rows, **options)
+    one, read, places = answered(rows, **options), engine_slots.read, []
+
+    def counted(decoder: Any, prompts: jax.Array, lengths: jax.Array) -> Any:
+        places.append(len(prompts))
+        return read(decoder, prompts, lengths)
+
+    monkeypatch.setattr(engine_slots, "read", counted)
     same(one, answered(rows, samples=4, **options))
+    assert set(places) == {1}
     mixed = np.random.default_rng(0).permutation(12)
     same(taken(one, mixed), answered(taken(rows, mixed), samples=4, **options))
 

@@ -316,7 +316,7 @@ def test_a_walk_knows_which_questions_are_the_same(trained: Any) -> None:
     assert set(found) == {1, 2, 8, 9}
     assert found[1] == found[2] == found[8] != found[9]
 
-    recorded = walks.Walker(run, held_out).record(params, "test").walked
+    recorded = walks.Walker(run, held_out).record(params, "test", identified=True).walked
     assert recorded.same is not None and len(recorded.same) == recorded.question.max() + 1
     texts = {row.tobytes() for block in run.config.task.rows("test") for row in block.inputs}
     assert len(np.unique(recorded.same)) == len(texts)

@@ -26,10 +26,10 @@ class Keeping:
     missing: Missing = "copied"
     """What a token shows at the steps that it did not take. `copied`: the keys of its last step. `projected`: those
     that one more step would have made of the state it stopped with, through all layers of the core (Schuster et al.
-    2022, CALM, arXiv 2207.07061, section 3.2)."""
+    2022, CALM, arXiv 2207.07061)."""
     ring: int | None = None
     """Planes. Step k writes to plane (k - 1) mod ring, so a query sees the last step of a token that fell on the plane
-    of its own: with 1 its last step at all. Geiping et al. 2025, arXiv 2502.05171, section 6.2, share the cache so.
+    of its own: with 1 its last step at all. Geiping et al. 2025, arXiv 2502.05171, share the cache so.
     None: K planes."""
 
     def __post_init__(self) -> None:
