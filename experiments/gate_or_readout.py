@@ -21,6 +21,7 @@ PonderNet 0.9907 at 4.18, margin on `supervised` 0.9423 at 3.90; seeds differ to
 """
 
 import dataclasses
+from typing import Any
 
 from ponder import compute
 from ponder.config import Checkpointing, Config, Evaluation, Logging, Optim, Training
@@ -69,9 +70,14 @@ def of_arm(arm: str, seed: int, task: str, smoke: bool) -> Config:
         name=f"{task}-{arm}",
         model=dataclasses.replace(base.model, steps=steps, **heads(rule.needs)),
         rule=rule,
-        evaluation=dataclasses.replace(base.evaluation, readouts=READOUTS if reads else ()),
+        evaluation=dataclasses.replace(base.evaluation, **reading(STEPS[task])) if reads else base.evaluation,
         seed=seed,
     )
+
+
+def reading(steps: int) -> dict[str, Any]:
+    """How a model is walked that readouts are tried on: also far beyond the steps of its training."""
+    return {"readouts": READOUTS, "depths": (2 * steps, 4 * steps, 16 * steps)}
 
 
 def chains(smoke: bool) -> Config:

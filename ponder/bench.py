@@ -2,7 +2,7 @@
 
     python -m ponder.bench train [--repeats=5] [--output=F] [--peer="PYTHON benchmarks/hf_llama.py"]
     python -m ponder.bench decode [--repeats=5] [--output=F] [--peer="PYTHON benchmarks/hf_generate.py"]
-    python -m ponder.bench halting [--repeats=5] [--output=F] [--workdir=W | --exits=geometric,none]
+    python -m ponder.bench halting [--repeats=5] [--output=F] [--workdir=W,... | --exits=geometric,none]
 
 train: tokens per second, compile time, memory and achieved FLOP/s of a whole training step (forward, backward, AdamW)
 of one decoder: width 256, 6 layers, 4 heads, SwiGLU 704, 512 tokens, sequence 128, batch 32, fp32. The row `unrolled`
@@ -14,7 +14,7 @@ decode: tokens per second of the same decoder, fp32, greedy, 128 new tokens afte
 a time. The peer has the same weights and prompts, and its tokens are compared; see `ponder.bench_decode`.
 
 halting: what halting saves on the clock. The same requests are decoded by each executor in turns; see
-`ponder.bench_halting`.
+`ponder.bench_halting`. Of trained runs --output=F.json also writes a table over seeds, F.md, and a picture, F.svg.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import functools
 import json
 import multiprocessing
 import os
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -52,6 +54,7 @@ with epy.lazy_imports():  # `--help` needs none of these
 
     from ponder import models, profiling
     from ponder.objectives import ponder as objective
+    from ponder.reporting import clock
 
 Row = dict[str, Any]
 
@@ -332,6 +335,11 @@ def body(options: Options) -> int:
             "rows": rows,
         }
         Path(options.output).write_text(json.dumps(about, indent=1))
+        if options.command == "halting" and options.workdir:
+            facts = [("command", f"`{shlex.join(['python', '-m', 'ponder.bench', *sys.argv[1:]])}`")]
+            facts += [(name, str(about[name])) for name in ("commit", "hardware")]
+            Path(options.output).with_suffix(".md").write_text(clock.markdown(rows, facts))
+            Path(options.output).with_suffix(".svg").write_text(clock.picture(rows, Path(options.output).stem))
     return 0
 
 

@@ -1,14 +1,16 @@
 """How much of the compute that halting saves is saved on the clock: every executor in turns, decoding and forward.
 
 Requests wait in a queue; each brings a random prompt and asks for some new tokens. Exits are made up (`geometric`,
-`bimodal`, a `straggler` among geometric ones, or `none`: all steps always), or those of a trained run's own rule, whose
-answers are then verified. The ideal ratio is that of FLOPs: what the lanes' own steps need, over what K steps for all
-would, both by the ledger and without idle slots, padding or bookkeeping.
+`bimodal`, a `straggler` among geometric ones, or `none`: all steps always), or those of trained runs' own rules, whose
+answers are then verified; all runs take turns, so that their seconds compare. The ideal ratio is that of FLOPs: what
+the lanes' own steps need, over what K steps for all would, both by the ledger and without idle slots, padding or
+bookkeeping.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ with epy.lazy_imports():  # `--help` needs none of these
     from ponder import models, profiling, records, train
     from ponder.engine import generate
     from ponder.engine import rollout as rollouts
+    from ponder.engine import sampling as samplings
     from ponder.models import cached
 
 Row = dict[str, Any]
@@ -48,8 +51,8 @@ MEAN = 4.0
 class Options:
     """Of `ponder.bench halting` alone."""
 
-    workdir: str | None = None
-    """A trained run that is asked its task's test questions. Default: a model with random weights, exits made up."""
+    workdir: tuple[str, ...] = ()
+    """Trained runs that are asked their task's test questions. Default: a model with random weights, exits made up."""
     models: tuple[Build, ...] = get_args(Build)
     """Decoders of a core and a head, or with a prelude and a coda block; or whole rows (`ponder.bench_forward`)."""
     kv: tuple[Kv, ...] = ("first",)
@@ -82,7 +85,16 @@ class Asked(NamedTuple):
     length: int  # positions of the cache
     plan: Any  # [R, length] steps of the lanes, or None where the rule decides
     named: Row
-    correct: Callable[[Any], float] | None  # share of a rollout's answers that are right
+    judged: Callable[[Any], Row]  # how good a rollout is
+    sampling: Any  # ponder.engine.sampling.Sampling
+
+    @property
+    def executors(self) -> tuple[str, ...]:
+        """Those that differ on such a model."""
+        if isinstance(self.rule, Fixed) and self.plan is None:
+            return EXECUTORS[:1]
+        drafts = self.config.kv == "first" and self.config.steps > 1
+        return tuple(name for name in EXECUTORS if drafts or name != "speculative")
 
 
 def bench(options: Options, repeats: int) -> list[Row]:
@@ -101,15 +113,20 @@ def bench(options: Options, repeats: int) -> list[Row]:
         fewest, most = getattr(options, name)
         if not 1 <= fewest <= most:
             raise UserError(f"--{name}={fewest} {most}: must be at least 1, and rise")
+    # Made-up cases one by one, runs together.
     cases = [
-        (slots, case)
+        (slots, group)
         for slots in options.slots
-        for case in (trained(options, slots) if options.workdir else made_up(options, slots))
+        for group in (
+            [[trained(options, workdir, slots) for workdir in options.workdir]]
+            if options.workdir
+            else [[case] for case in made_up(options, slots)]
+        )
     ]
     keepings = (*(Keeping(missing=each) for each in options.missing), *(Keeping(ring=each) for each in options.ring))
-    if keepings and all(case.config.kv == "first" for _, case in cases):
+    if keepings and all(case.config.kv == "first" for _, group in cases for case in group):
         raise UserError('--missing and --ring choose keys of kv="depth": add --kv=depth, or a run of such a model')
-    rows = [row for slots, case in cases for row in measured(case, slots, repeats, keepings)]
+    rows = [row for slots, group in cases for row in measured(group, slots, repeats, keepings)]
     if "forward" in options.models and not options.workdir:
         rows += [
             row for slots in options.slots for exits in options.exits for row in forward(options, slots, exits, repeats)
@@ -143,6 +160,7 @@ def made_up(options: Options, slots: int) -> list[Asked]:
                 halting_head=False,
             )
             model = models.build(config, shape, jax.random.key(0))
+            greedy = samplings.Sampling()
             for exits in options.exits:
                 draw = np.random.default_rng(0)
                 count = slots * options.requests
@@ -152,7 +170,8 @@ def made_up(options: Options, slots: int) -> list[Asked]:
                 rows = rollouts.requests(prompts, new=new, length=shape.length, vocabulary=512)
                 plan = depths(draw, exits, count, shape.length, options.steps)
                 named = {"model": build, "kv": kv, "exits": exits}
-                made.append(Asked(model, config, shape, Fixed(), rows, shape.length, jnp.asarray(plan), named, None))
+                plan = jnp.asarray(plan)
+                made.append(Asked(model, config, shape, Fixed(), rows, shape.length, plan, named, unjudged, greedy))
     return made
 
 
@@ -169,25 +188,65 @@ def depths(draw: Any, exits: Exits, requests: int, length: int, steps: int) -> A
     return plan
 
 
-def trained(options: Options, slots: int) -> list[Asked]:
-    """A run's own rule on questions of its task's test split."""
-    assert options.workdir is not None
-    config = records.read_config(options.workdir)
-    model = train.load(options.workdir)
+def unjudged(made: Any) -> Row:
+    return {"accuracy": None, "bits_per_byte": None}
+
+
+def trained(options: Options, workdir: str, slots: int) -> Asked:
+    """A run's own rule on questions of its task's test split; of a text its windows, read as prompts."""
+    config = records.read_config(workdir)
+    model = train.load(workdir)
     if not isinstance(config.model, Transformer) or not config.task.predicts_next:
-        raise UserError(f"{options.workdir}: needs a transformer whose answers are written a token at a time")
-    prompts, answers = questions(config.task, "test", slots * options.requests)
-    shape, new = config.task.shape, [len(answer) for answer in answers]
+        raise UserError(f"{workdir}: needs a transformer whose answers are written a token at a time")
+    count, shape, sampling = slots * options.requests, config.task.shape, samplings.Sampling()
+    judged: Callable[[Any], Row]
+    if config.task.unit == "bits":
+        if config.model.kv == "first" and not config.model.coda_layers:
+            raise UserError(
+                f"{workdir}: its prompts need not think, so decoding does not say how probable it finds them: "
+                "python -m ponder.evaluate does"
+            )
+        prompts, answers = windows(config.task, "test", count), [[0]] * count
+        sampling, judged = samplings.Sampling(temperature=1.0), bits_per_byte
+    else:
+        prompts, answers = questions(config.task, "test", count)
+        judged = functools.partial(exact, answers)
+    new = [len(answer) for answer in answers]
     length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
     rows = rollouts.requests(prompts, new=new, length=length, vocabulary=shape.vocabulary)
-
-    def correct(made: Any) -> float:
-        written = [ids[:count].tolist() for ids, count in zip(np.asarray(made.ids), new, strict=True)]
-        return sum(own == right for own, right in zip(written, answers, strict=True)) / len(answers)
-
     build = "prelude+coda" if config.model.coda_layers else "prelude" if config.model.prelude_layers else "core"
-    named = {"model": build, "kv": config.model.kv, "exits": config.rule.exits[0]}
-    return [Asked(model, config.model, shape, config.rule, rows, length, None, named, correct)]
+    named: Row = {"model": build, "kv": config.model.kv, "exits": config.rule.exits[0]}
+    named |= {"run": config.name, "seed": config.seed, "training_flops": compute.training_flops(config)}
+    return Asked(model, config.model, shape, config.rule, rows, length, None, named, judged, sampling)
+
+
+def exact(answers: list[list[int]], made: Any) -> Row:
+    """The share of answers that are right to the last token."""
+    written = [ids[: len(right)].tolist() for ids, right in zip(np.asarray(made.ids), answers, strict=True)]
+    right = sum(own == answer for own, answer in zip(written, answers, strict=True)) / len(answers)
+    return unjudged(made) | {"accuracy": right}
+
+
+def bits_per_byte(made: Any) -> Row:
+    """Of prompts that are whole windows, each byte but the first of its window."""
+    found = np.asarray(made.prompt_log_probability, np.float64)[:, :-1]
+    return unjudged(made) | {"bits_per_byte": float(-found.mean() / np.log(2))}
+
+
+def windows(task: Task, split: str, count: int) -> list[list[int]]:
+    """The first `count` whole windows of a text. Raises UserError where there are fewer."""
+    whole = (
+        inputs.tolist()
+        for block in task.rows(split)
+        for inputs, weights in zip(block.inputs, block.weights, strict=True)
+        if weights.all()
+    )
+    found = list(itertools.islice(whole, count))
+    if len(found) < count:
+        raise UserError(
+            f"the {split} split has {len(found)} whole windows, {count} are asked for: fewer --requests or --slots"
+        )
+    return found
 
 
 def questions(task: Task, split: str, count: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -209,54 +268,76 @@ def questions(task: Task, split: str, count: int) -> tuple[list[list[int]], list
     )
 
 
-def measured(case: Asked, slots: int, repeats: int, keepings: tuple[Keeping, ...] = ()) -> list[Row]:
-    """All executors in turns on one case, with kv="depth" refill for each of `keepings`, too."""
+class Timed(NamedTuple):
+    """An executor on a case."""
+
+    case: Asked
+    name: str
+    keeping: Keeping
+    call: Callable[[], Any]
+    first: tuple[Any, Any]  # a rollout and what it took
+
+
+def measured(cases: list[Asked], slots: int, repeats: int, keepings: tuple[Keeping, ...] = ()) -> list[Row]:
+    """All executors on all cases in turns, with kv="depth" refill for each of `keepings`, too."""
+    every = [timed for case in cases for timed in programs(case, slots, keepings)]
+    turns = {str(place): functools.partial(profiling.timed, each.call, 1) for place, each in enumerate(every)}
+    taken = profiling.round_robin(turns, repeats)
+    rows = []
+    for case in cases:
+        own = {each.name: place for place, each in enumerate(every) if each.case is case}
+        reference = every[own.get("masked", own["fixed"])].first[0]
+        ideal = ideal_ratio(case, reference)
+        ticks_fixed = int(every[own["fixed"]].first[1][0])
+        for name, place in own.items():
+            made, spent = every[place].first
+            same = np.asarray((made.ids == reference.ids).all(axis=1) & (made.lengths == reference.lengths))
+            rows.append(
+                {"executor": name, **case.named, "batch": slots, "slots": slots, "requests": len(same)}
+                | {
+                    "ideal_ratio": 1.0 if name == "fixed" else ideal,
+                    "ticks": int(spent[0]),
+                    "exit_rows": int(spent[1]),
+                    "cache_mib": cache_mib(case, slots, every[place].keeping),
+                    "new_tokens": int(made.lengths.sum()),
+                    "mean_steps": mean_steps(made),
+                    "tokens_equal": None if name == "fixed" else bool(same.all()),
+                    "divergences": None if name == "fixed" else int((~same).sum()),
+                }
+                | case.judged(made)
+                | timed({key: taken[str(own[key])] for key in ("fixed", name)}, name, int(spent[0]), ticks_fixed)
+            )
+    return rows
+
+
+def programs(case: Asked, slots: int, keepings: tuple[Keeping, ...]) -> list[Timed]:
+    """Every executor, compiled, and run once."""
     parameters, key = nnx.split(case.model, nnx.Param)[1], jax.random.key(0)
-    new = int(case.requests.limits.max())
-    calls: dict[str, Callable[[], Any]] = {}
-    first: dict[str, Any] = {}
-    drafts = case.config.kv == "first" and case.config.steps > 1
-    kept = dict.fromkeys((name for name in EXECUTORS if drafts or name != "speculative"), KEEPING)
-    if case.config.kv == "depth":
+    kept = dict.fromkeys(case.executors, KEEPING)
+    if case.config.kv == "depth" and "refill" in kept:
         kept |= {f"refill, {f'ring {each.ring}' if each.ring else each.missing}": each for each in keepings}
+    made = []
     for name, keeping in kept.items():
-        executor = "masked" if name == "fixed" else name.partition(",")[0]
         rule, plan = (Fixed(), None) if name == "fixed" else (case.rule, case.plan)
         run = generate.program(
             case.model,
             rule,
             length=case.length,
-            new=new,
+            new=int(case.requests.limits.max()),
             slots=slots,
-            executor=executor,  # type: ignore[arg-type]
+            executor="masked" if name == "fixed" else name.partition(",")[0],  # type: ignore[arg-type]
+            sampling=case.sampling,
             keeping=keeping,
         )
-        calls[name] = functools.partial(run, parameters, case.requests, key, plan)
-        first[name] = jax.block_until_ready(calls[name]())
-    turns = {name: functools.partial(profiling.timed, call, 1) for name, call in calls.items()}
-    taken = profiling.round_robin(turns, repeats)
-    reference = first["masked"][0]
-    ideal = ideal_ratio(case, reference)
-    rows = []
-    for name, keeping in kept.items():
-        made, spent = first[name]
-        same = np.asarray((made.ids == reference.ids).all(axis=1) & (made.lengths == reference.lengths))
-        rows.append(
-            {"executor": name, **case.named, "batch": slots, "slots": slots, "requests": len(same)}
-            | {
-                "ideal_ratio": 1.0 if name == "fixed" else ideal,
-                "ticks": int(spent[0]),
-                "exit_rows": int(spent[1]),
-                "cache_mib": cache_mib(case, slots, keeping),
-                "new_tokens": int(made.lengths.sum()),
-                "mean_steps": float(made.depth.sum() / made.lengths.sum()),
-                "tokens_equal": None if name == "fixed" else bool(same.all()),
-                "divergences": None if name == "fixed" else int((~same).sum()),
-                "accuracy": None if case.correct is None else case.correct(made),
-            }
-            | timed(taken, name, int(spent[0]), int(first["fixed"][1][0]))
-        )
-    return rows
+        call = functools.partial(run, parameters, case.requests, key, plan)
+        made.append(Timed(case, name, keeping, call, jax.block_until_ready(call())))
+    return made
+
+
+def mean_steps(made: Any) -> float:
+    """Of the lanes that thought."""
+    depths = np.concatenate([np.ravel(made.depth), np.ravel(made.prompt_depth)])
+    return float(depths[depths > 0].mean())
 
 
 def cache_mib(case: Asked, slots: int, keeping: Keeping) -> float:

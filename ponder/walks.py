@@ -319,7 +319,7 @@ def final(walker: Walker, config: Config, params: Any) -> tuple[list[Row], Row]:
         for measure in asked.readouts:
             exits.append((measure, calibrated(validation, calibration, measure, asked.risk)))
     for split in splits:
-        recorded = walker.record(params, split, depth if split == headline else None)
+        recorded = walker.record(params, split, depth if split == headline else None, identified=bool(exits))
         if split == headline:
             points = rows(recorded, asked.depths, points=13)
             curve = _short({"split": split, "rows": points, **summary(points, recorded)})
@@ -333,7 +333,8 @@ def final(walker: Walker, config: Config, params: Any) -> tuple[list[Row], Row]:
                 if threshold is None
                 else frontier.by_unrest(walked, measure, threshold)
             )
-            found.append(_evaluation(recorded, split, measure, stops, rule) | {"threshold": threshold})
+            lost = float(broken(walked, stops).mean())
+            found.append(_evaluation(recorded, split, measure, stops, rule) | {"threshold": threshold, "broken": lost})
         found.append(_evaluation(recorded, split, "oracle", frontier.oracle(walked), Fixed()))
     return found, curve
 

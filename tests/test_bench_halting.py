@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -13,9 +15,12 @@ import tiny
 import ponder
 from ponder import bench, bench_halting, compute
 from ponder.bench_halting import Options
+from ponder.engine import masked
 from ponder.errors import UserError
+from ponder.halting.fixed import Fixed
 from ponder.models.config import Transformer
 from ponder.tasks.parity import Parity
+from ponder.tasks.text import Text
 
 as_users_run = tiny.as_users_run
 SMALL = Options(
@@ -106,16 +111,50 @@ def test_exits_are_what_they_are_called() -> None:
     assert (bench_halting.depths(draw, "straggler", 40, 50, 16)[0] == 16).all()
 
 
-def test_a_trained_run_answers_its_test_questions(tmp_path: Path) -> None:
-    config = tiny.config(model__kv="first")
-    ponder.train(config, tmp_path / "w")
-    rows = bench_halting.bench(Options(workdir=str(tmp_path / "w"), slots=(2,), requests=2), 1)
-    accuracy = {row["executor"]: row["accuracy"] for row in rows}
+def test_trained_runs_answer_their_test_questions_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    halting = tiny.config(model__kv="first")
+    fixed = tiny.config(model__kv="first", model__halting_head=False, rule=Fixed(), name="fixed", seed=3)
+    for name, config in (("halting", halting), ("fixed", fixed)):
+        ponder.train(config, tmp_path / name)
+    workdirs, output = (str(tmp_path / "halting"), str(tmp_path / "fixed")), tmp_path / "clock.json"
+    bench.body(bench.Options("halting", workdir=workdirs, slots=(2,), requests=2, repeats=1, output=str(output)))
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["executor"] for row in rows] == [*bench_halting.EXECUTORS, "fixed"]
+    assert [(row["run"], row["seed"]) for row in rows[-2:]] == [(halting.name, halting.seed), ("fixed", 3)]
+    accuracy = {row["executor"]: row["accuracy"] for row in rows[:-1]}
     assert accuracy["refill"] == accuracy["masked"] == accuracy["sync"] is not None
-    assert {row["exits"] for row in rows} == {"quantile"} and all(row["requests"] == 4 for row in rows)
-    prompts, answers = bench_halting.questions(config.task, "test", 4)
+    assert {row["exits"] for row in rows} == {"quantile", "last"} and all(row["requests"] == 4 for row in rows)
+    prompts, answers = bench_halting.questions(halting.task, "test", 4)
     for prompt, answer in zip(prompts, answers, strict=True):
-        assert config.task.verify(config.task.decode(prompt), config.task.decode(answer))
+        assert halting.task.verify(halting.task.decode(prompt), halting.task.decode(answer))
+    assert "python -m ponder.bench" in output.with_suffix(".md").read_text()
+    assert output.with_suffix(".svg").read_text().startswith("<svg")
+
+
+def test_windows_of_a_text_are_read_as_prompts(tmp_path: Path) -> None:
+    """Bits per byte of the frozen reference, for every cache; of a cache that keeps less they are others."""
+    text = tmp_path / "text.txt"
+    text.write_text("to think or not to think, that is the question. " * 60)
+    config = tiny.config(task=Text(path=str(text), length=8), model__kv="depth", evaluation__splits=("test",))
+    ponder.train(config, tmp_path / "w")
+    rows = bench_halting.bench(Options(workdir=(str(tmp_path / "w"),), slots=(4,), requests=3, ring=(1,)), 1)
+    bits = {row["executor"]: row["bits_per_byte"] for row in rows}
+    assert bits["refill"] == pytest.approx(bits["masked"], abs=1e-5) and bits["refill"] != bits["refill, ring 1"]
+    windows = bench_halting.windows(config.task, "test", 12)
+    model = ponder.load(tmp_path / "w")
+    ids, place = jnp.asarray(windows), jnp.broadcast_to(jnp.arange(8), (12, 8))
+    context = model.context(jnp.ones_like(ids), place)
+    state, x, context = model.begin(model.embed(ids), context, jax.random.key(0))
+    ran = masked.masked(model, config.rule, x, state, context, jax.random.key(0), mask=ids >= 0, freeze=True)
+    own = jax.nn.log_softmax(model.logits(model.finish(ran.state, ran.context)))[:, :-1]
+    expected = -jnp.take_along_axis(own, ids[:, 1:, None], axis=-1).mean() / np.log(2)
+    assert bits["refill"] == pytest.approx(float(expected), abs=1e-5)
+    assert all(row["accuracy"] is None for row in rows)
+    with pytest.raises(UserError, match="whole windows, 10000 are asked for"):
+        bench_halting.windows(config.task, "test", 10_000)
+    ponder.train(tiny.config(task=config.task, model__kv="first", evaluation__splits=("test",)), tmp_path / "first")
+    with pytest.raises(UserError, match="its prompts need not think"):
+        bench_halting.bench(Options(workdir=(str(tmp_path / "first"),), slots=(4,), requests=3), 1)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +167,7 @@ def test_a_trained_run_answers_its_test_questions(tmp_path: Path) -> None:
         ({"requests": 0}, "requests=0: must be at least 1"),
         ({"prompt": (4, 2)}, "prompt=4 2: must be"),
         ({"new": (0, 2)}, "new=0 2: must be"),
-        ({"workdir": "nowhere"}, "nowhere"),
+        ({"workdir": ("nowhere",)}, "nowhere"),
     ],
 )
 def test_bad_input_is_one_line(change: dict[str, Any], message: str) -> None:

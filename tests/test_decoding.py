@@ -213,6 +213,23 @@ def test_recorded_steps_give_the_log_probabilities_again(case: str) -> None:
     assert np.abs(tokens - made.log_probability).max() > 1e-3
 
 
+@pytest.mark.parametrize(("kv", "executor"), [("first", "speculative"), ("depth", "refill"), ("depth", "masked")])
+def test_a_prompt_that_thinks_comes_back_with_its_log_probabilities(kv: Any, executor: str) -> None:
+    model, rows = built(dataclasses.replace(MODEL, kv=kv)), asked_of()
+    made = answered(rows, model, sampling=Sampling(temperature=1.0), executor=executor)
+    prompts, lengths = np.asarray(rows.prompts), np.asarray(rows.lengths)
+    padded = np.pad(prompts, ((0, 0), (0, LENGTH - prompts.shape[1])))
+    graph, parameters = nnx.split(model)
+    logits, _ = whole(graph, RULE, parameters, jnp.asarray(padded), rows.lengths)
+    expected = np.zeros(prompts.shape, np.float64)
+    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        for place in range(length - 1):
+            own = np.asarray(logits[row, place], np.float64)
+            expected[row, place] = own[prompt[place + 1]] - np.log(np.exp(own).sum())
+    assert (expected < 0).sum() == (lengths - 1).sum() > 7
+    np.testing.assert_allclose(made.prompt_log_probability, expected, atol=1e-5)
+
+
 @dataclasses.dataclass(frozen=True)
 class Once:
     """No token comes twice."""

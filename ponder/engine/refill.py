@@ -28,7 +28,8 @@ def refill(engine: Engine, new: int, widths: tuple[int, ...]) -> Loop:
 
     def branch(width: int) -> Any:
         def leave(slots: Slots, cache: Cache, stop: Bool[Array, "B"]) -> Left:
-            rows, which = first(stop, width)
+            everywhere = jnp.arange(engine.slots, dtype=jnp.int32)
+            rows, which = (everywhere, stop) if width == engine.slots else first(stop, width)
             left = engine.leave(slots, cache, rows, which)
             return _padded(left, widest)
 

@@ -33,6 +33,7 @@ class Rollout(NamedTuple):
     halt_log_probability: Float[Array, "R N"]  # fp32, of its go and stop decisions by the halting head, if it has one
     lengths: Int[Array, "R"]  # int32, new tokens
     prompt_depth: Int[Array, "R P"]  # int32, steps of the prompt's lanes but the last; 0 where they need not think
+    prompt_log_probability: Float[Array, "R P"]  # fp32, of the prompt's next token, as if it were drawn; of those lanes
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Left(NamedTuple):
     writes: Bool[Array, "b"]  # there is one: the lane is not within its prompt
     id: Int[Array, "b"]
     kind: Int[Array, "b"]
-    log_probability: Float[Array, "b"]
+    log_probability: Float[Array, "b"]  # of the next token, written or the prompt's
     depth: Int[Array, "b"]
     halting: Float[Array, "b"]
     done: Bool[Array, "b"]
@@ -147,6 +147,7 @@ class Engine:
             halt_log_probability=none.astype(jnp.float32),
             lengths=jnp.zeros(self.count, jnp.int32),
             prompt_depth=jnp.zeros(self.requests.prompts.shape, jnp.int32),
+            prompt_log_probability=jnp.zeros(self.requests.prompts.shape, jnp.float32),
         )
         zero = jnp.int32(0)
         return Loop(slots, self.decoder.empty(lanes), out, zero, zero, zero, zero)
@@ -282,7 +283,6 @@ class Engine:
         distribution = self.sampling.log_probabilities(logits)
         sampled = self.sampling.draw(distribution, self.keys(own.request, own.made))
         control, following = self.control(own.control, sampled)
-        log_probability = jnp.take_along_axis(distribution, following.id[:, None], axis=1)[:, 0]
         source = jnp.minimum(own.request, self.count - 1)
         writes = own.position + 1 >= self.requests.lengths[source]  # a new token, where the prompt ends
         done = writes & (following.done | (own.made + 1 >= self.requests.limits[source]))
@@ -292,6 +292,8 @@ class Engine:
             given = self.requests.prompts[source, jnp.minimum(onwards, self.requests.prompts.shape[1] - 1)]
             token = jnp.where(writes, token, given)
             control = jax.tree.map(lambda new, old: _where(writes, new, old), control, own.control)
+        log_probability = jnp.take_along_axis(distribution, token[:, None], axis=1)[:, 0]
+        counts = ~writes | (following.kind == SAMPLED)
         begun = decoder.begin(
             token, onwards if rows is not None else jnp.where(which & ~done, onwards, decoder.length), cache, rows
         )
@@ -303,7 +305,7 @@ class Engine:
             writes=writes,
             id=following.id,
             kind=following.kind,
-            log_probability=jnp.where(following.kind == SAMPLED, log_probability, 0.0),
+            log_probability=jnp.where(counts, log_probability, 0.0),
             depth=own.k,
             halting=own.halting,
             done=done,
@@ -355,8 +357,14 @@ class Engine:
         )
         if self.prompts_think:
             reader = jnp.where(left.writes, self.count, left.request)
-            noted = out.prompt_depth.at[reader, left.position]
-            out = out._replace(prompt_depth=noted.set(left.depth, mode="drop", unique_indices=True))
+
+            def note_prompt(leaf: jax.Array, new: jax.Array) -> jax.Array:
+                return leaf.at[reader, left.position].set(new, mode="drop", unique_indices=True)
+
+            out = out._replace(
+                prompt_depth=note_prompt(out.prompt_depth, left.depth),
+                prompt_log_probability=note_prompt(out.prompt_log_probability, left.log_probability),
+            )
         zeros = jnp.zeros(lanes, jnp.int32)
         slots = Slots(
             request=fill(slots.request, jnp.where(left.done, self.count, left.request)),

@@ -189,7 +189,8 @@ def speculative(engine: Engine, new: int, draft: Draft) -> Loop:
         writes = valid & ~given
         author = jnp.where(writes, request[:, None], engine.count)
         made = tokens.made.reshape(lanes, count)
-        probability = jnp.where(kind == SAMPLED, _of(whole, id), 0.0)
+        likely = _of(whole, id)
+        probability = jnp.where(kind == SAMPLED, likely, 0.0)
         depth, halting = (leaf.reshape(lanes, count) for leaf in (tokens.k, tokens.halting))
 
         def note(leaf: jax.Array, values: jax.Array) -> jax.Array:
@@ -208,6 +209,9 @@ def speculative(engine: Engine, new: int, draft: Draft) -> Loop:
                 total, mode="drop", unique_indices=True
             ),
             prompt_depth=out.prompt_depth.at[reader, by_slot].set(depth, mode="drop", unique_indices=True),
+            prompt_log_probability=out.prompt_log_probability.at[reader, by_slot].set(
+                likely, mode="drop", unique_indices=True
+            ),
         )
 
         # On with the token after the last that stays.

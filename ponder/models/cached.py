@@ -270,7 +270,8 @@ class Decoder:
         rows: Int[Array, "n"] | None,
     ) -> tuple[Float[Array, "n D"], list[KeysValues]]:
         """Layers whose keys are their own. On all slots (`rows` None) they write and then read `cache`, and it comes
-        back; on some they read it alone, and each layer's keys and values [n, M, H] come back."""
+        back; on some they read it alone, and each layer's keys and values [n, M, H] come back. As many rows as there
+        are slots must be all of them in order."""
         if not blocks:
             return x, []
         h, kept = x[:, None], []
@@ -285,7 +286,9 @@ class Decoder:
                 mixed = attend(query, own, places <= position[:, None])
                 kept.append(own)
             else:
-                mixed = attend(query, (own[0][rows], own[1][rows]), places < position[:, None], fresh)
+                if len(rows) < len(own[0]):  # as many rows as slots are all of them in order: nothing to gather
+                    own = own[0][rows], own[1][rows]
+                mixed = attend(query, own, places < position[:, None], fresh)
                 kept.append(fresh)
             h = block.after(h, mixed[:, None])
         return h[:, 0], kept

@@ -77,6 +77,15 @@ def columns(table: Table) -> list[Column]:
             lambda line: difference(line.gap, 4),
         ),
     ]
+    if any(line.broken for line in table.lines):
+        found.append(
+            Column(
+                "broken",
+                "share of questions that the last step answers rightly and this exit does not, one that was drawn"
+                " several times counted once; the calibration of a readout promises at most its risk",
+                lambda line: interval(line.broken, digits) if line.broken else "",
+            )
+        )
     if any(line.extrapolation for line in table.lines):
         found.append(
             Column(

@@ -54,6 +54,8 @@ class Line:
     """Difference to the frontier of fixed depths at equal inference FLOPs, paired by seed."""
     versus_why: str
     """Why there is none: a fixed depth itself, "outside", or no fixed depth to compare with."""
+    broken: Interval | None
+    """Share of questions that the last step answers rightly and a calibrated readout does not."""
     extrapolation: Interval | None
     training_flops: float
     training_ratio: float
@@ -215,6 +217,7 @@ def _line(
         gap=interval(lambda row: row["run_on_loss"] - row["loss"]),
         versus=versus,
         versus_why=why,
+        broken=interval(lambda row: row["broken"]) if all("broken" in row for row in rows.values()) else None,
         extrapolation=statistics.mean_interval(row[metric.field] for row in beyond.values()) if beyond else None,
         training_flops=flops,
         training_ratio=flops / reference,
