@@ -2,11 +2,12 @@
 
 Parity of 12-vectors, as in gate_or_readout.py. All arms spend equal training FLOPs, both stages counted:
 
-- `two_stage` is LoopLM's recipe (Zhu et al. 2025, arXiv 2510.25741). Three quarters of the steps of a whole run go to a
-  model whose losses are weighted by an exit distribution that is held near the uniform one. Then the model is frozen,
-  and the rest of the budget teaches the halting head alone what one more step would gain: without a backward pass
-  through the model that is about as many steps again;
-- `joint` teaches model and gate at once, with even shares of the losses;
+- `two_stage_past` is LoopLM's recipe (Zhu et al. 2025, arXiv 2510.25741). Three quarters of the steps of a whole run go
+  to a model whose losses are weighted by an exit distribution that is held near the uniform one. Then the model is
+  frozen, and the rest of the budget teaches the halting head alone whether the step just taken has gained something:
+  without a backward pass through the model that is about as many steps again;
+- `two_stage` is the same, but looks ahead: at what one more step would gain;
+- `joint_past` and `joint` teach model and gate at once, with even shares of the losses;
 - `stage_one` is the first stage all the budget long, stopped by its own exit distribution;
 - `fixedK` take K steps always.
 
@@ -29,20 +30,22 @@ from ponder.halting.pondernet import PonderNet
 from ponder.models.config import Recurrent, heads
 from ponder.tasks.parity import Parity
 
-ARMS = ("two_stage", "joint", "stage_one", "fixed8", "fixed1", "fixed2", "fixed4")
+GATES = {"two_stage": "next", "joint": "next", "two_stage_past": "past", "joint_past": "past"}
+ARMS = (*GATES, "stage_one", "fixed8", "fixed1", "fixed2", "fixed4")
 SEEDS = 3
 STEPS = 8  # K of all arms but the fixed depths
 SHARE = 0.75  # of the optimizer steps of `stage_one` that come before the gate
 
 
 def get_config(arm: str = "two_stage", seed: int = 0, smoke: bool = False) -> Config:
-    """`arm`: two_stage, joint, stage_one or fixedK. All train for the FLOPs that `stage_one` needs."""
+    """`arm`: two_stage or joint, both with _past, too, stage_one or fixedK. All train for the FLOPs that `stage_one` needs."""
     return compute.matched(of_arm(arm, seed, smoke), of_arm("stage_one", seed, smoke))
 
 
 def of_arm(arm: str, seed: int, smoke: bool) -> Config:
     fixed = arm.startswith("fixed")
-    rule = Fixed() if fixed else PonderNet(shape="uniform") if arm == "stage_one" else Gate()
+    others = Fixed() if fixed else PonderNet(shape="uniform")
+    rule = Gate(target=GATES[arm]) if arm in GATES else others
     training = Training(batch_size=128, steps=100 if smoke else 6000)
     config = Config(
         name=f"two-stage-{arm}",
@@ -58,7 +61,7 @@ def of_arm(arm: str, seed: int, smoke: bool) -> Config:
         logging=Logging(every_steps=10 if smoke else 200),
         seed=seed,
     )
-    if arm != "two_stage":
+    if not arm.startswith("two_stage"):
         return config
     first = dataclasses.replace(
         of_arm("stage_one", seed, smoke), training=dataclasses.replace(training, steps=round(SHARE * training.steps))

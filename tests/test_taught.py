@@ -32,6 +32,7 @@ LOSS = DRAW.gamma(1.0, size=(K, LANES))
 CORRECT = DRAW.random((K, LANES)) < 0.5
 AGREES = np.concatenate([DRAW.random((K - 1, LANES)) < 0.5, np.ones((1, LANES), bool)])
 TAUGHT = [Correctness(), Correctness(continue_target=True), Classifier(), Gate(slope=3.0, margin=0.1)]
+TAUGHT.append(Gate(target="past", slope=3.0, margin=0.1))
 
 
 def cross_entropy(logit: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -61,14 +62,20 @@ def lesson(rule: Any, halt: np.ndarray = LOGITS, go: np.ndarray = GO, counts: An
                 cost[k] += cross_entropy(go[k], sigmoid(worth))
         return rule.weight * float((cost * counts).sum() / K / counts.sum())
     if isinstance(rule, Gate):
-        onwards = sigmoid(rule.slope * (LOSS[:-1] - LOSS[1:] - rule.margin))
-        return rule.weight * float((cross_entropy(-halt[:-1], onwards) * counts).sum() / K / counts.sum())
+        cost = np.zeros((K, LANES))
+        for k in range(1, K):
+            gain = LOSS[k - 1] - LOSS[k]
+            if rule.target == "past":  # Ouro, eq. 5 and 6: labels of step k from the step before it
+                cost[k] = cross_entropy(-halt[k], sigmoid(rule.slope * (np.maximum(gain, 0) - rule.margin)))
+            else:
+                cost[k - 1] = cross_entropy(-halt[k - 1], sigmoid(rule.slope * (gain - rule.margin)))
+        return rule.weight * float((cost * counts).sum() / K / counts.sum())
     cost, kinds = cross_entropy(halt[:-1], AGREES[:-1]), (AGREES[:-1], ~AGREES[:-1])
     return rule.weight * float(np.mean([(cost * kind * counts).sum() / (kind * counts).sum() for kind in kinds]))
 
 
 @pytest.mark.parametrize("counts", [(1, 1, 1), (1, 0, 1)])
-@pytest.mark.parametrize("rule", TAUGHT, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("rule", TAUGHT, ids=lambda rule: f"{type(rule).__name__} {getattr(rule, 'target', '')}")
 def test_lesson_and_its_gradient(rule: Any, counts: tuple[int, ...]) -> None:
     def term(halt: jax.Array, go: jax.Array) -> jax.Array:
         each = rule.lesson(path(halt, go, counts)).mean(axis=0)

@@ -1,10 +1,10 @@
-"""An exit gate that is taught what one more step would gain: the second stage of LoopLM."""
+"""An exit gate that is taught what a step gains: the second stage of LoopLM, or with a look one step ahead."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from etils import epy
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,8 @@ with epy.lazy_imports():
     import jax.numpy as jnp
     import optax
 
+Target = Literal["past", "next"]
+
 
 @dataclass(frozen=True)
 class Gate(Supervised):
@@ -25,12 +27,14 @@ class Gate(Supervised):
     Stage one is `PonderNet(shape="uniform")`: losses weighted by the exit distribution, which is held near the uniform
     one. Stage two trains the halting head as a probe: its gradient does not reach the state. With `start.train="heads"`
     (`ponder.config.Start`), on a model of the first stage, a run is stage two alone. Else both go on at once, and the
-    steps' answers are trained at even shares. Going on from step k is right in so far as it lowers that lane's
-    loss: w_k = sigmoid(slope (L_k - L_{k+1} - margin)), and the loss is the cross entropy of 1 - lambda_k against w_k.
-    At inference a lane stops where the cumulative probability of having stopped, 1 - prod (1 - lambda_j), reaches the
-    quantile.
+    steps' answers are trained at even shares. The loss is the cross entropy of 1 - lambda_k against
+    w_k = sigmoid(slope (gain_k - margin)), with the gain of `target`. At inference a lane stops where the cumulative
+    probability of having stopped, 1 - prod (1 - lambda_j), reaches the quantile.
     """
 
+    target: Target = "next"
+    """`past`, the paper's (eq. 5 and 6): max(0, L_{k-1} - L_k), at steps 2 to K. Where the step just taken has gained
+    something, going on is taken to be right. `next`: L_k - L_{k+1}, at steps 1 to K - 1, what going on does gain."""
     slope: float = 50.0
     """Per nat: how sharply improvement turns into the wish to go on."""
     margin: float = 0.005
@@ -62,9 +66,11 @@ class Gate(Supervised):
         return own, own <= math.log1p(-self.quantile)
 
     def lesson(self, path: Path) -> Float[jax.Array, "K *n"]:
-        """Nothing is taught at the last step, which stops anyway."""
+        """Nothing is taught at the last step, which stops anyway; of `past` at the first, which has none before it."""
         assert path.halt is not None
-        gain = path.loss[:-1] - path.loss[1:]
-        onwards = jax.nn.sigmoid(self.slope * (gain - self.margin))
-        cost = optax.losses.sigmoid_binary_cross_entropy(-path.halt[:-1], onwards)
-        return self.weight * jnp.concatenate([cost, jnp.zeros_like(path.loss[:1])])
+        gain, nothing = path.loss[:-1] - path.loss[1:], jnp.zeros_like(path.loss[:1])
+        past = self.target == "past"
+        onwards = jax.nn.sigmoid(self.slope * ((jnp.maximum(gain, 0.0) if past else gain) - self.margin))
+        taught = path.halt[1:] if past else path.halt[:-1]
+        cost = optax.losses.sigmoid_binary_cross_entropy(-taught, onwards)
+        return self.weight * jnp.concatenate([nothing, cost] if past else [cost, nothing])
