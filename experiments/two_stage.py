@@ -38,7 +38,7 @@ SHARE = 0.75  # of the optimizer steps of `stage_one` that come before the gate
 
 
 def get_config(arm: str = "two_stage", seed: int = 0, smoke: bool = False) -> Config:
-    """`arm`: two_stage or joint, both with _past, too, stage_one or fixedK. All train for the FLOPs that `stage_one` needs."""
+    """`arm`: two_stage or joint, both with _past, too; stage_one or fixedK. All train for the FLOPs of `stage_one`."""
     return compute.matched(of_arm(arm, seed, smoke), of_arm("stage_one", seed, smoke))
 
 

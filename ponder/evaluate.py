@@ -1,12 +1,15 @@
 """One trained run, accuracy against compute: what every exit would have done, also beyond the trained depth.
 
-    python -m ponder.evaluate --workdir=runs/addition --split=test --depths=8,16,64
+    python -m ponder.evaluate --workdir=runs/addition --split=test --risk=0.01
 
 Walks all steps on a split once and reads everything off that walk: fixed depths, readouts that need no training
 (margin, entropy, KL, change of the state, ...) over their thresholds, the rule's own head, and the oracle that stops at
 the first right step. One JSON object a line goes to `<workdir>/evaluate-<split>.jsonl`. With --risk each readout gets a
 threshold calibrated on the calibration split (Learn then Test), and what it then breaks on this split is told. With
 --within readouts and head get the boldest threshold that costs at most so much accuracy on validation.
+
+Of what no single step answers a walk tells nothing: rules that mix states (ACT), routed models, tasks in bits. There
+the rule's own exits run once for each depth, frozen.
 """
 
 from __future__ import annotations
@@ -21,17 +24,17 @@ from rich.console import Console
 from rich.table import Table
 
 from ponder import cli, records, sweep
-from ponder.config import Mesh, check_depth
+from ponder.config import Config, Mesh, check_depth
 from ponder.errors import UserError
 from ponder.halting.readout import Readout
-from ponder.models.config import meets_stopped
+from ponder.models.config import ModelConfig, meets_stopped
 from ponder.protocols import Measure
 from ponder.serialization import nearest
 
 with epy.lazy_imports():  # `--help` needs none of these
     from flax import nnx
 
-    from ponder import evaluation, frontier, program, sharding, train, walks
+    from ponder import evaluation, frontier, program, sharding, step, train, walks
     from ponder.tasks import sources
 
 Row = dict[str, Any]
@@ -46,8 +49,9 @@ class Options:
     split: str = "test"
     rule: tuple[str, ...] = ()
     """Exits to tell of, as a,b: fixed, oracle, head, value, or a measure. Default: all."""
-    depths: tuple[int, ...] = ()
-    """Fixed depths besides those of training; the largest is where the walk ends. Default: the trained depth."""
+    depths: tuple[int, ...] | None = None
+    """Depths besides those of training; the largest is where the walk ends. Default: two, four and sixteen times the
+    trained depth, where one core makes all steps."""
     risk: float | None = None
     """Calibrate each readout to break at most this share of questions."""
     resplits: int = 0
@@ -81,7 +85,7 @@ def evaluate(
     *,
     split: str = "test",
     rule: tuple[str, ...] = (),
-    depths: tuple[int, ...] = (),
+    depths: tuple[int, ...] | None = None,
     risk: float | None = None,
     resplits: int = 0,
     within: float | None = None,
@@ -94,7 +98,7 @@ def evaluate(
 
     The last row, `{"frontier": "summary"}`, has the best fixed depth, the oracle, the regret between them, the state's
     norm at each step, and `approximate`: whether lanes see each other's steps, so that stopped lanes would have shown
-    other keys than this walk does.
+    other keys than this walk does. Runs without a walk have no such row.
 
     Raises:
       UserError: no trained run, an unknown exit or split, a depth that the model has no parameters for.
@@ -114,11 +118,12 @@ def evaluate(
                 cache_dir=cache_dir,
             )
     config = replace(sweep.members(records.read_config(workdir))[0], mesh=Mesh(data=1))
-    if not walks.can_walk(config):
+    walked = walks.can_walk(config)
+    if not walked and (risk is not None or within is not None):
         raise UserError(
-            f"{type(config.rule).__name__} on {type(config.task).__name__} has no walk: rules that mix states answer "
-            "with no single step, routed models stop tokens by themselves, and tasks in bits have no questions that "
-            "are right or wrong"
+            f"--risk and --within need a walk, and {type(config.rule).__name__} on {type(config.task).__name__} has "
+            "none: rules that mix states answer with no single step, routed models stop tokens by themselves, and "
+            "tasks in bits have no questions that are right or wrong"
         )
     if resplits < 0 or (resplits and risk is None):
         raise UserError(f"--resplits is {resplits}: at least 0, and with --risk, whose promise it tries")
@@ -133,16 +138,23 @@ def evaluate(
         raise UserError(f"--within={within}: must be in [0, 1), the accuracy that may be lost")
     if within is not None and split == "validation":
         raise UserError("--within with --split=validation: what chose the thresholds cannot try them, use test")
+    exits = EXITS if walked else config.rule.exits
     for name in rule:
-        if name not in EXITS:
-            raise UserError(f"there is no exit {name!r}{nearest(name, EXITS)}")
+        if name not in exits:
+            raise UserError(f"there is no exit {name!r}{nearest(name, exits)}")
     if split not in config.task.splits:
         raise UserError(f"{type(config.task).__name__} has no split {split!r}{nearest(split, config.task.splits)}")
+    if depths is None:
+        depths = beyond(config.model)
     steps = max((config.model.steps, *depths))
     for depth in (*depths, steps):
         check_depth(config.model, depth)
-    run = program.compile_program(config, sharding.make_mesh(config.mesh))
+    about = {"split": split, "arm": config.name, "seed": config.seed, "trained_steps": config.model.steps}
     params = nnx.split(train.load(workdir, which), nnx.Param)[1]
+    if not walked:
+        told = by_depth(config, params, split, depths, rows, cache_dir)
+        return [about | row for row in told if not rule or row["frontier"] in rule]
+    run = program.compile_program(config, sharding.make_mesh(config.mesh))
     walker = walks.Walker(run, evaluation.HeldOut(run, cache_dir))
     recorded = walker.record(params, split, steps, rows, identified=risk is not None)
     found = walks.rows(recorded, depths)
@@ -156,9 +168,39 @@ def evaluate(
     if within is not None:
         chosen = walks.within(recorded, walker.record(params, "validation"), within)
         told += [row for row in chosen if not rule or row["frontier"].split()[0] in rule]
-    about = {"split": split, "arm": config.name, "seed": config.seed, "trained_steps": config.model.steps}
     summary = {"frontier": "summary", **walks.summary(found, recorded)}
     return [about | row for row in (*told, summary)]
+
+
+def beyond(model: ModelConfig) -> tuple[int, ...]:
+    """Depths beyond that of training which a model can run: two, four and sixteen times as deep, or none."""
+    depths = tuple(times * model.steps for times in (2, 4, 16))
+    try:
+        for depth in depths:
+            check_depth(model, depth)
+    except UserError:
+        return ()
+    return depths
+
+
+def by_depth(
+    config: Config, params: Any, split: str, depths: tuple[int, ...], limit: int | None, cache_dir: str | None
+) -> list[Row]:
+    """Frozen inference by each exit of the rule, allowed so many steps: each depth up to the trained one, and `depths`.
+    Of a model that runs at one depth alone, that."""
+    trained = config.model.steps
+    shallower = range(1, trained) if beyond(config.model) else ()
+    found = []
+    for steps in sorted({*shallower, trained, *depths}):
+        allowed = replace(config, model=replace(config.model, steps=steps, unroll=False))
+        run = program.compile_program(allowed, sharding.make_mesh(config.mesh))
+        state = step.TrainState(step=0, params=params, optimizer=None, average=None)  # type: ignore[arg-type]
+        for row in evaluation.HeldOut(run, cache_dir).evaluate(split, state, 0, limit):
+            kept = ("accuracy", "bits_per_byte", "loss", "steps", "useful_flops", "spent_flops", "rank_correlation")
+            found.append(
+                {"frontier": row["exit"], "setting": steps} | {name: row[name] for name in kept if name in row}
+            )
+    return sorted(found, key=lambda row: config.rule.exits.index(row["frontier"]))
 
 
 def _at_risk(
@@ -187,14 +229,18 @@ def show(rows: list[Row]) -> None:
     """Print a table of the settings that no cheaper one of the same exit beats, at most `SHOWN` an exit."""
     table = Table("exit", box=None, header_style="bold")
     table.add_column("setting", justify="right")
-    for name in ("accuracy", "loss", "steps", "useful FLOPs", "rank corr.", "calibration error", "broken", "kept"):
+    bits = any("bits_per_byte" in row for row in rows)
+    walked = rows[-1]["frontier"] == "summary"
+    names = ("bits per byte" if bits else "accuracy", "loss", "steps", "useful FLOPs", "rank corr.")
+    for name in (*names, "calibration error", "broken", "kept"):
         table.add_column(name, justify="right")
-    for row in (row for name in dict.fromkeys(row["frontier"] for row in rows[:-1]) for row in _best(rows, name)):
+    points = rows[:-1] if walked else rows
+    for row in (row for name in dict.fromkeys(row["frontier"] for row in points) for row in _best(rows, name, walked)):
         setting = row["setting"]
         table.add_row(
             row["frontier"],
             "" if setting is None else f"{setting:.4g}",
-            f"{row['accuracy']:.4f}",
+            f"{row['bits_per_byte' if bits else 'accuracy']:.4f}",
             f"{row['loss']:.4f}",
             f"{row['steps']:.2f}",
             f"{row['useful_flops']:.4g}",
@@ -205,6 +251,8 @@ def show(rows: list[Row]) -> None:
         )
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(table)
+    if not walked:
+        return
     summary = rows[-1]
     console.print(
         f"regret of the best fixed depth ({summary['best_fixed']['setting']}) to the oracle: "
@@ -216,14 +264,14 @@ def show(rows: list[Row]) -> None:
         console.print("tokens see each other's steps here: frozen inference would show them other keys", soft_wrap=True)
 
 
-def _best(rows: list[Row], name: str) -> list[Row]:
-    """Rows of one exit by rising cost, each better than all that are cheaper; thinned out evenly."""
+def _best(rows: list[Row], name: str, walked: bool) -> list[Row]:
+    """Rows of one exit by rising cost, each better than all that are cheaper; thinned out evenly. Depths: all."""
     best: list[Row] = []
     for row in sorted((row for row in rows if row["frontier"] == name), key=lambda row: row["useful_flops"]):
-        if name == "fixed" or not best or row["accuracy"] > best[-1]["accuracy"]:
+        if name == "fixed" or not walked or not best or row["accuracy"] > best[-1]["accuracy"]:
             best.append(row)
     step = max(1, -(-len(best) // SHOWN))
-    return best if name == "fixed" else best[::-1][::step][::-1]
+    return best if name == "fixed" or not walked else best[::-1][::step][::-1]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ponder import compute, sweep
+from ponder import compute, frontier, sweep
 from ponder.config import Config
 from ponder.data import feed
 from ponder.data.batch import Batch
@@ -45,6 +45,7 @@ class Sums(NamedTuple):
     expected_loss: Float[Array, ""]  # the training objective's task loss, summed over targets
     choices: Float[Array, ""] | None = None  # of a routed trajectory, over all lanes: see `protocols.Routed`
     agreed: Float[Array, ""] | None = None
+    stops: Float[Array, "D K1"] | None = None  # targets by label and steps, 0 to K
 
 
 class Lanes(NamedTuple):
@@ -101,6 +102,9 @@ def make_evaluate_step(graphdef: Any, config: Config) -> Callable[[Any, Batch, j
                     expected_loss=jnp.sum(run_on.task_loss * batch.weights),
                     choices=None if run_on.routed is None else jnp.sum(run_on.routed.choices),
                     agreed=None if run_on.routed is None else jnp.sum(run_on.routed.agreed),
+                    stops=jnp.zeros((difficulties, config.model.steps + 1))
+                    .at[label, frozen.steps.ravel()]
+                    .add(target, mode="drop"),
                 ),
                 Lanes(frozen.steps, frozen.correct),
             )
@@ -225,7 +229,8 @@ def unstack(tree: Any, members: int) -> Iterator[Any]:
 def summarise(sums: Any, config: Config, length: int) -> Row:
     """One evaluation row out of totals over rows of `length`. FLOPs are per example; useful ones end at the stop.
 
-    `router_agreement`, of a routed model: share of the choices in training whose like inference would have made.
+    `rank_correlation`: of steps with difficulty over targets. `router_agreement`, of a routed model: share of the
+    choices in training whose like inference would have made.
     """
     examples, targets = sums.examples.sum(), sums.targets.sum()
     useful, spent = compute.inference_flops(
@@ -260,8 +265,16 @@ def summarise(sums: Any, config: Config, length: int) -> Row:
             for d in np.flatnonzero(sums.examples)
         ],
     }
+    if sums.stops is not None:
+        row["rank_correlation"] = _rank_correlation(np.asarray(sums.stops, np.int64))
     if sums.choices is not None:
         row["router_agreement"] = float(sums.agreed / max(sums.choices, 1.0))
     if config.task.unit == "bits":
         row["bits_per_byte"] = row["loss"] / float(np.log(2))
     return row
+
+
+def _rank_correlation(counts: np.ndarray) -> float | None:
+    """Of steps with difficulty, out of `counts` [labels, steps]."""
+    labels, steps = (np.repeat(index.ravel(), counts.ravel()) for index in np.indices(counts.shape))
+    return frontier.rank_correlation(steps, labels) if len(steps) else None

@@ -15,6 +15,9 @@ import ponder
 from ponder import cli
 from ponder import evaluate as main
 from ponder.errors import UserError
+from ponder.halting.act import Act
+from ponder.halting.fixed import Fixed
+from ponder.models.config import MixtureOfDepths
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def test_rows_table_and_file(workdir: Path, monkeypatch: Any, capsys: Any, tmp_p
 
 
 def test_chosen_exits_and_the_usual_place(workdir: Path, monkeypatch: Any) -> None:
-    assert run(workdir, monkeypatch, "--split=validation", "--rule=fixed,oracle", "--rows=16") == 0
+    assert run(workdir, monkeypatch, "--split=validation", "--rule=fixed,oracle", "--depths=2", "--rows=16") == 0
     lines = (workdir / "w" / "evaluate-validation.jsonl").read_text().splitlines()
     assert [json.loads(line)["frontier"] for line in lines] == ["fixed", "fixed", "oracle", "summary"]
 
@@ -76,6 +79,39 @@ def test_mistakes_are_one_line(workdir: Path, monkeypatch: Any, capsys: Any, wor
     assert run(workdir, monkeypatch, *words) == 2
     said = capsys.readouterr().err.strip()
     assert says in said and "\n" not in said
+
+
+def test_a_walk_goes_beyond_the_trained_depth_unless_told_otherwise(workdir: Path) -> None:
+    rows = main.evaluate(workdir / "w", rule=("fixed",), rows=8, cache_dir=str(workdir / "cache"))
+    assert [row["setting"] for row in rows if row["frontier"] == "fixed"] == [1, 2, 4, 8, 32]
+    rows = main.evaluate(workdir / "w", rule=("fixed",), depths=(), rows=8, cache_dir=str(workdir / "cache"))
+    assert [row["setting"] for row in rows if row["frontier"] == "fixed"] == [1, 2]
+
+
+UNWALKED = {
+    "mixes states": {"rule": Act(tau=0.01), "model__steps": 3},
+    "routed": {"rule": Fixed(), "model": MixtureOfDepths(steps=2, d_model=16, heads=2, mlp_size=16)},
+}
+
+
+@pytest.mark.parametrize("case", UNWALKED)
+def test_what_cannot_be_walked_is_run_at_each_depth(case: str, workdir: Path, capsys: Any) -> None:
+    folder = workdir / case.replace(" ", "_")
+    result = ponder.train(tiny.config(**UNWALKED[case]), folder, cache_dir=str(workdir / "cache"))
+    rows = main.evaluate(folder, cache_dir=str(workdir / "cache"))
+    exit = "threshold" if case == "mixes states" else "last"
+    assert {row["frontier"] for row in rows} == {exit}
+    assert [row["setting"] for row in rows] == ([1, 2, 3, 6, 12, 48] if case == "mixes states" else [2])
+    [own] = [row for row in rows if row["setting"] == row["trained_steps"]]
+    [final] = [row for row in result.results[0]["evaluations"] if row["split"] == "test"]
+    for name in ("accuracy", "loss", "steps", "useful_flops", "rank_correlation"):
+        assert own[name] == (None if final[name] is None else pytest.approx(final[name], rel=1e-5)), name
+    if case == "mixes states":
+        assert rows[0]["steps"] == 1.0 and rows[1]["useful_flops"] > rows[0]["useful_flops"]
+    main.show(rows)
+    assert "rank corr." in capsys.readouterr().out
+    with pytest.raises(UserError, match="need a walk"):
+        main.evaluate(folder, risk=0.1)
 
 
 def test_as_a_library(workdir: Path) -> None:

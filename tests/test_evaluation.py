@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from scipy import stats
 from tiny import as_users_run  # noqa: F401
 
 from ponder import compute, evaluation, sharding
@@ -89,6 +90,11 @@ def test_pitfall_34_steps_are_those_of_targets_by_brute_force(kv, tmp_path) -> N
     np.testing.assert_allclose(sums.run_on_loss, (run_on.stop_loss * weights).sum(), rtol=1e-5)
     np.testing.assert_allclose(sums.expected_loss, (run_on.task_loss * weights).sum(), rtol=1e-5)
     np.testing.assert_allclose(sums.steps.sum(), (steps * weights).sum(), rtol=1e-6)
+    label = np.asarray(batch.difficulty)[weights > 0]
+    expected = stats.spearmanr(steps[weights > 0], label).statistic if np.ptp(label) else None
+    totals = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
+    row = evaluation.summarise(totals, config, batch.segments.shape[1])
+    assert row["rank_correlation"] == (expected if expected is None else pytest.approx(expected))
     same = np.allclose(sums.run_on_loss, sums.loss.sum(), rtol=1e-4)
     assert same == (kv == "first")  # the gap of the relaxation is there where keys move
     keys = np.asarray(batch.positions) + 1.0
