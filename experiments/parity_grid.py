@@ -5,7 +5,7 @@ PonderNet (Banino et al. 2021, arXiv 2107.05407, section 4.1) says of a grid ove
   extrapolation: PonderNet is almost perfect on more non-zeros than it was trained on, with some 5 steps; ACT at chance.
 Here: vectors of 12 entries, trained on 1 to 6 that are not zero; `test` has 1 to 6 as well (interpolation),
 `extrapolation` 7 to 12. Six values of tau, even in the logarithm over the paper's range, and five of lambda_p at its
-beta = 0.01. A GRU of width 128 with at most 12 steps, as in parity.py, which has fixed depths beside it; the paper has
+beta = 0.01, and three fixed depths. A GRU of width 128 with at most 12 steps, as in parity.py; the paper has
 a tanh RNN (`:cell=rnn`) with at most 20 (`:thinking_steps=20`) and ten seeds, see parity_paper.py. With one entry that
 is not zero there are 24 vectors alone, so that label is no sample.
 
@@ -25,6 +25,7 @@ from typing import Literal
 from ponder import compute
 from ponder.config import Checkpointing, Config, Evaluation, Logging, Optim, Training
 from ponder.halting.act import Act
+from ponder.halting.fixed import Fixed
 from ponder.halting.pondernet import PonderNet
 from ponder.models.config import Recurrent
 from ponder.protocols import Rule
@@ -34,7 +35,8 @@ TAUS = (0.0002, 0.0005, 0.00126, 0.00317, 0.00796, 0.02)
 LAMBDAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 RULES: dict[str, Rule] = {f"act_tau{tau}": Act(tau=tau) for tau in TAUS}
 RULES |= {f"pondernet_lambda{prior}": PonderNet(prior=prior, beta=0.01) for prior in LAMBDAS}
-ARMS = tuple(RULES)
+FIXED = {f"fixed{steps}": steps for steps in (2, 4, 12)}
+ARMS = (*RULES, *FIXED)
 SEEDS = 5
 
 
@@ -51,7 +53,7 @@ def get_config(
     """All arms train for the FLOPs that PonderNet spends in `training_steps`. `max_train_nonzero=None` is interpolation
     alone: every split has 1 to n."""
 
-    def of_rule(rule: Rule) -> Config:
+    def of_rule(rule: Rule, steps: int = thinking_steps) -> Config:
         return Config(
             name=f"parity_grid-{arm}",
             task=Parity(
@@ -59,7 +61,7 @@ def get_config(
                 max_train_nonzero=4 if smoke else max_train_nonzero,
                 train_rows=20_000 if smoke else 200_000,
             ),
-            model=Recurrent(steps=thinking_steps, cell=cell, d_model=128),
+            model=Recurrent(steps=steps, cell=cell, d_model=128, halting_head="halt" in rule.needs),
             rule=rule,
             optim=Optim(lr=1e-3, warmup_steps=100, b2=0.999),
             training=Training(batch_size=128, steps=100 if smoke else training_steps),
@@ -69,4 +71,5 @@ def get_config(
             seed=seed,
         )
 
-    return compute.matched(of_rule(RULES[arm]), of_rule(PonderNet()))
+    own = of_rule(Fixed(), FIXED[arm]) if arm in FIXED else of_rule(RULES[arm])
+    return compute.matched(own, of_rule(PonderNet()))

@@ -177,8 +177,19 @@ def rows(recorded: Recorded, depths: tuple[int, ...] = (), points: int = 17) -> 
             add("head", float(threshold), *_stopping(short, "head", float(threshold)))
     if walked.go is not None:
         add("value", None, frontier.by_value(walked), own)
-    add("oracle", None, frontier.oracle(walked), Fixed())
+    add("oracle", None, oracle_stops(short), Fixed())
     return found
+
+
+def oracle_stops(recorded: Recorded) -> Stops:
+    """`frontier.oracle`. Where lanes see each other's steps, one that is asked nothing thinks as long as the longest of
+    its question that is: its keys are needed."""
+    walked, stops = recorded.walked, frontier.oracle(recorded.walked)
+    if not recorded.approximate:
+        return stops
+    longest = np.zeros(walked.question.max() + 1, stops.dtype)
+    np.maximum.at(longest, walked.question[walked.target], stops[walked.target])
+    return np.where(walked.target, stops, np.maximum(longest[walked.question], 1))
 
 
 def _stopping(recorded: Recorded, exit: str, threshold: float) -> tuple[Stops, Rule]:
@@ -335,7 +346,7 @@ def final(walker: Walker, config: Config, params: Any) -> tuple[list[Row], Row]:
             )
             lost = float(broken(walked, stops).mean())
             found.append(_evaluation(recorded, split, measure, stops, rule) | {"threshold": threshold, "broken": lost})
-        found.append(_evaluation(recorded, split, "oracle", frontier.oracle(walked), Fixed()))
+        found.append(_evaluation(recorded, split, "oracle", oracle_stops(recorded), Fixed()))
     return found, curve
 
 

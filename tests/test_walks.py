@@ -180,6 +180,13 @@ def test_outcome_and_oracle_by_hand() -> None:
     assert one.upto(2).steps == 2 and one.upto(2).correct.tolist() == one.correct[:2].tolist()
 
 
+def test_lanes_whose_keys_are_needed_think_with_the_oracle() -> None:
+    one = walked([[0, 1, 0, 0], [1, 0, 0, 1], [1, 1, 0, 1]], [0, 0, 1, 2], target=[True, False, True, False])
+    recorded = walks.Recorded(one, tiny.CONFIG, lanes=4, padding=0, keys=1.0, length=4, approximate=False)
+    assert walks.oracle_stops(recorded).tolist() == [2, 1, 1, 1]
+    assert walks.oracle_stops(dataclasses.replace(recorded, approximate=True)).tolist() == [2, 2, 1, 1]
+
+
 def test_exits_of_heads_by_hand() -> None:
     halt = np.log(np.array([[0.2, 0.6, 0.01], [0.5, 0.1, 0.01], [0.9, 0.1, 0.01]]))
     halt = halt - np.log1p(-np.exp(halt))

@@ -59,9 +59,12 @@ class Run:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether it thinks the same number of steps always. A routed model chooses, whatever its rule."""
+        """Whether it thinks the same number of steps always, in training, too: an arm of the frontier that others are
+        compared with. A routed model chooses, whatever its rule."""
         routed = any("router_agreement" in row for row in self.evaluations)
-        return str(self.config["rule"]["type"]).endswith(":Fixed") and not routed
+        training = self.config.get("training", {})
+        otherwise = any(training.get(name) for name in ("depth", "fixed_point", "layer_dropout"))
+        return str(self.config["rule"]["type"]).endswith(":Fixed") and not routed and not otherwise
 
     @property
     def machine(self) -> str:
