@@ -14,8 +14,8 @@ Quick:  python -m ponder.train  --config=experiments/gate_or_readout.py:smoke --
 Cost of the table: 55 runs, 2.91 core-hours of a busy AMD EPYC (the quickest runs took 41 s on a core). It gave (five
 seeds): a depth of two steps is exact and cheaper than any other exit above 0.95; readouts of `supervised` 0.9926 to
 0.9972 at 2.4 to 4.9 steps, no learned head better than they.
-Chains of four operations, each beginning of which has a target, `:task=chains` into results/chains, 4.52 core-hours: fixed1 0.9726, margin on
-`supervised` 0.9280 at 1.21 of four steps, no learned exit shown to differ from it.
+Chains of four operations, each beginning of which has a target (`:task=chains` into results/chains, 4.15 core-hours):
+fixed1 0.9726, margin on `supervised` 0.9280 at 1.21 of four steps, no learned exit shown to differ from it.
 p-hop of up to four hops, `:task=hop` into results/hop_gates, 1.93 core-hours: ACT 0.9962 at 4.06 of six steps,
 PonderNet 0.9907 at 4.18, margin on `supervised` 0.9423 at 3.90; seeds differ too much to show a difference.
 """
