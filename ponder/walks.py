@@ -133,7 +133,7 @@ def _identities(task: Task, batch: Batch, question: np.ndarray) -> dict[int, byt
     """What each of these questions is to its task."""
     inputs, targets, weights = (np.asarray(leaf) for leaf in (batch.inputs, batch.targets, batch.weights))
     if targets.ndim == 1:  # one a row
-        own = zip(question.tolist(), inputs, targets, weights, strict=True)
+        own = zip(question.tolist(), inputs, targets[:, None], weights[:, None], strict=True)
         return {name: task.identity(*row) for name, *row in own}
     found = {}
     for row, lanes in enumerate(question):

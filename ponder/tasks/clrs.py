@@ -158,6 +158,11 @@ class Clrs(Task):
             words += [SOURCE * samples.source, slots]
         return np.concatenate([part.reshape(count, nodes, -1) for part in words], axis=2).astype(np.int16)
 
+    def identity(self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> bytes:
+        samples, _ = self._parse(self.decode(inputs.tolist()))
+        (key,) = keys(samples)
+        return key
+
     def verify(self, question: str, answer: str) -> bool:
         """Whether `answer` is the published one. Raises UserError for a question that is not in the file."""
         samples, names = self._parse(question)

@@ -108,13 +108,16 @@ class Jsonl(Task):
     def rows(self, split: str) -> Iterator[Rows]:
         examples = []
         for question in self.questions():
-            if split_of(question.input.encode(), FRACTIONS) == split:
-                ids = np.array(self._ids(question))
+            ids = np.array(self._ids(question))
+            if split_of(canonical(ids), FRACTIONS) == split:
                 weights = np.arange(1, len(ids)) > len(question.input.encode())
                 examples.append(Example(ids[:-1], ids[1:], weights, question.difficulty))
         if not examples:
             raise UserError(f"{self.path}: no row fell into {split}; give more rows (some 100 fill every split)")
         yield from blocks(pack(examples, self.length))
+
+    def identity(self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> bytes:
+        return canonical(inputs)
 
     def verify(self, question: str, answer: str) -> bool:
         """Whether the file gives `answer` as a target of `question`."""
@@ -126,3 +129,8 @@ class Jsonl(Task):
     def decode(self, ids: list[int]) -> str:
         """The separator and the end mark read as nothing."""
         return bytes(i for i in ids if i < SEPARATOR).decode("utf-8", errors="replace")
+
+
+def canonical(ids: np.ndarray) -> bytes:
+    """The bytes of the input, whatever the target."""
+    return bytes(ids[: int(np.argmax(ids == SEPARATOR))].tolist())

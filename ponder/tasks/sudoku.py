@@ -154,8 +154,12 @@ class Sudoku(Task):
 
     def _owned(self, grids: np.ndarray, clues: np.ndarray | None, split: str) -> np.ndarray:
         masks = [None] * len(grids) if clues is None else clues
-        keys = (canonical(grid, self.size, mask) for grid, mask in zip(grids, masks, strict=True))
+        keys = map(self._canonical, grids, masks)
         return owners(keys, FRACTIONS) == SPLITS.index("test" if split == "extrapolation" else split)
+
+    def _canonical(self, grid: np.ndarray, clues: np.ndarray | None) -> bytes:
+        """What the split of a puzzle goes by: its grid, of size 4 with its clues, up to symmetry."""
+        return canonical(grid, self.size, clues if self.size == 4 else None)
 
     def _encode(self, puzzles: np.ndarray, found: Found) -> Rows:
         label = np.minimum(found.guesses, self.levels - 1)
@@ -169,7 +173,7 @@ class Sudoku(Task):
         return np.stack([np.broadcast_to(array, puzzles.shape) for array in ids], axis=2).astype(np.int16)
 
     def identity(self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> bytes:
-        return canonical(targets, self.size, weights > 0 if self.size == 4 else None)
+        return self._canonical(targets, weights == 0)
 
     def verify(self, question: str, answer: str) -> bool:
         """Whether `answer` keeps the clues and fills every row, column and box."""

@@ -82,7 +82,7 @@ class Sums(Task):
         if split == "extrapolation":
             fewest, most = most + 1, self.max_operands
         draw = functools.partial(self._draw, fewest=fewest, most=most)
-        for operands in drawn(self, split, draw, functools.partial(np.sort, axis=1)):
+        for operands in drawn(self, split, draw, canonical):
             yield self._encode(operands)
 
     def _draw(self, generator: np.random.Generator, count: int, fewest: int, most: int) -> np.ndarray:
@@ -90,6 +90,11 @@ class Sums(Task):
         counts = generator.integers(fewest, most + 1, (count, 1))
         operands = generator.integers(0, self.base**self.digits, (count, most))
         return np.where(np.arange(most) < counts, operands, -1)
+
+    def identity(self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> bytes:
+        asked = int(np.argmax(inputs == self._symbols.index("=")))
+        digits = inputs[: asked + 1].reshape(-1, self.digits + 1)[:, :-1]
+        return canonical((digits @ self.base ** np.arange(self.digits))[None]).tobytes()
 
     def _encode(self, operands: np.ndarray) -> Rows:
         count, most = operands.shape
@@ -134,3 +139,8 @@ class Sums(Task):
                 f'{self.base}, joined by "+", then "=" and {self.places} of "?"'
             )
         return question.rstrip("?=").split("+")
+
+
+def canonical(operands: np.ndarray) -> np.ndarray:
+    """[R, n] the same for operands in another order."""
+    return np.sort(operands, axis=1)

@@ -101,7 +101,8 @@ class Task:
 
     def identity(self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> bytes:
         """Of the lanes of one question: the same where its split could not have been another one's. For statistics, as
-        such questions are no independent examples of each other. By default the question itself."""
+        such questions are no independent examples of each other. By default the question itself: a task whose split
+        goes by another canonical form (`owners`) must give that form. Raises UserError where lanes do not tell."""
         return inputs.tobytes() + (weights > 0).tobytes()
 
     def verify(self, question: str, answer: str) -> bool:

@@ -109,6 +109,10 @@ class Text(Task):
             dealt[split_of(document, TEXT_FRACTIONS)].append(document)
         return {split: np.frombuffer(b"\0".join(parts), np.uint8) for split, parts in dealt.items()}
 
+    def identity(self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> bytes:
+        """Not known: a window's split is that of its place in the file, or of its document."""
+        raise UserError("the windows of a text are no questions: which of them go together, their bytes do not tell")
+
     def verify(self, question: str, answer: str) -> bool:
         """Whether the text goes on from `question` with `answer` somewhere."""
         return any(question + answer in sources.read_text(path) for path in self.sources())
