@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -102,14 +103,34 @@ def test_one_step_teaches_what_it_can() -> None:
         assert cost.shape == (1, LANES) and np.isfinite(cost).all()
 
 
-def test_pitfall_20_a_row_without_target_does_not_count_as_solved() -> None:
-    def by_halt(counts: Any) -> np.ndarray:
-        def term(halt: jax.Array) -> jax.Array:
-            return (Correctness().lesson(path(halt)).mean(axis=0) * jnp.asarray(counts)).sum()
+@pytest.mark.parametrize(
+    "rule, together", [(Correctness(), False), (TAUGHT[1], True), (Classifier(), False), (TAUGHT[3], False)]
+)
+def test_pitfall_20_a_row_without_target_does_not_count_as_solved(rule: Any, together: bool) -> None:
+    """Nor as anything else: the loss and all gradients are those of the batch without it, be it padding or not. Of its
+    answer, which is asked for nothing, no part is wrong."""
 
-        return np.asarray(jax.grad(term)(jnp.asarray(LOGITS, jnp.float32)))
+    class Toy(Attending):
+        halts_together = together
 
-    assert not by_halt([1.0, 0.0, 1.0])[:, 1].any() and by_halt([1.0, 1.0, 1.0])[:, 1].any()
+        def see(self, state: Any, context: Any, needs: frozenset[str]) -> Seen:
+            halt = super().see(state, context, frozenset({"halt"})).halt
+            return Seen(halt, -0.5 * halt if "go" in needs else None)
+
+    @jax.jit
+    def learned(params: Any, batch: Any) -> Any:
+        def loss(params: Any) -> Any:
+            return ponder_loss(Toy(params, 2), rule, batch, KEY, freeze=False, unroll=False)[0]
+
+        return jax.value_and_grad(loss)(params)
+
+    params, inputs, targets = single(parameters(1)), [[0, 1, 2, 3], [3, 2, 1, 0]], [[1, 2, 3, 0], [2, 2, 0, 1]]
+    alone = learned(params, batch_of(inputs, targets))
+    assert float(jnp.abs(alone[1]["halting"]).max()) > 0
+    for segment in (0, 1):
+        weights, segments = [[1] * 4, [1] * 4, [0] * 4], [[1] * 4, [1] * 4, [segment] * 4]
+        more = batch_of([*inputs, [1] * 4], [*targets, [0] * 4], weights=weights, segments=segments)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), learned(params, more), alone)
 
 
 @pytest.mark.parametrize("emphasis, shares", [("even", [0.25] * 4), ("late", [0.1, 0.2, 0.3, 0.4])])
