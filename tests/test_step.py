@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tiny
+from flax import nnx
 from tiny import as_users_run  # noqa: F401
 
 from ponder import sharding
@@ -16,6 +17,7 @@ from ponder.data.batch import Batch
 from ponder.halting.act import Act
 from ponder.halting.correctness import Correctness
 from ponder.halting.gate import Gate
+from ponder.objectives.ponder import ponder_loss
 from ponder.program import Program, compile_program
 
 
@@ -37,6 +39,17 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch() -> None:
             np.testing.assert_allclose(measured[name], measured_in_parts[name], rtol=2e-5, err_msg=name)
         for a, b in zip(jax.tree.leaves(one.optimizer), jax.tree.leaves(four.optimizer), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(a).max()) + 1e-12)
+
+
+def test_the_loss_of_a_step_is_the_one_that_is_documented() -> None:
+    """Of a batch with prompts and padding."""
+    batch = jax.tree.map(jnp.asarray, tiny.batch())
+    run = program(rule=Correctness())
+    state = run.initial_state()
+    model = nnx.merge(run.graphdef, jax.tree.map(jnp.copy, state.params))  # a step takes the buffers of its state
+    loss, _ = jax.jit(lambda: ponder_loss(model, Correctness(), batch, jax.random.key(0), freeze=False))()
+    _, measured = run.train_step(state, batch)
+    np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
 
 
 def test_a_step_teaches_the_heads_what_the_rule_says() -> None:
