@@ -31,7 +31,7 @@ from ponder.models.config import (
     TwoState,
 )
 from ponder.models.sizes import Sizes, slots
-from ponder.protocols import Rule
+from ponder.protocols import Rule, reach
 from ponder.tasks.task import Shape
 
 Number = int | float
@@ -272,7 +272,10 @@ def training_cost(config: Config) -> Cost:
     if config.training.updates == "step":  # as many passes of one step, each from the embedding on
         once = dataclasses.replace(config, model=dataclasses.replace(config.model, steps=1))
         once = dataclasses.replace(once, training=dataclasses.replace(config.training, updates="batch"))
-        return config.model.steps * training_cost(once)
+        each = training_cost(once)
+        if reach(config.rule) == "next":  # the step that it looks ahead to is run once more, forward
+            each += Cost(thinking(config.model, config.task.shape, config.rule).forward)
+        return config.model.steps * each
     model, shape = config.model, config.task.shape
     priced = parts(model, shape, config.rule.needs)
     readout = priced.finish + priced.logits + cross_entropy(shape.classes)

@@ -22,7 +22,7 @@ from ponder.models.config import (
     layer_counts,
     meets_stopped,
 )
-from ponder.protocols import Measure, Rule, Taught
+from ponder.protocols import Measure, Rule, Taught, reach
 from ponder.tasks.task import SPLITS, Task
 
 
@@ -90,7 +90,8 @@ class Training:
     """Draw the number of steps of each batch. None: `model.steps`, always, which else are those of evaluation alone."""
     updates: Literal["batch", "step"] = "batch"
     """Optimizer updates: one a batch, or one after every thinking step on the same batch, with the state handed on
-    without gradient (the deep supervision of HRM and TRM). Schedules and averages then count updates."""
+    without gradient (the deep supervision of HRM and TRM). Schedules and averages then count updates. A rule that looks
+    a step ahead pays for it: one more forward step an update."""
     fixed_point: FixedPoint | None = None
     """Solve for the state at which nothing changes any more. At inference `Readout(measure="state_change")` is the same
     test, a lane at a time, within `model.steps`. None: no."""
@@ -404,9 +405,9 @@ def _of_updates(config: Config) -> Iterator[tuple[bool, str]]:
     if training.updates == "batch":
         return
     yield (
-        getattr(rule, "steps_alone", False),
-        f"training.updates is step, but {type(rule).__name__} does not judge each step by itself: use Supervised, "
-        "Readout, or Correctness without continue_target",
+        reach(rule) != "path",
+        f"training.updates is step, but {type(rule).__name__} does not judge each step by itself: use Fixed, "
+        "Supervised, Readout or Correctness",
     )
     tied = not isinstance(config.model, Transformer) or config.model.tied
     yield tied, "model.tied is False: training.updates=step needs a core that is the same at every step"
@@ -446,6 +447,10 @@ def _of_routing(config: Config) -> Iterator[tuple[bool, str]]:
     )
     yield model.halts == "token", f"model.halts is {model.halts}, but {name} chooses token by token: use token"
     yield not config.training.freeze, f"training.freeze is on, but {name} is trained by choices that inference lacks"
+    yield (
+        config.training.updates == "batch",
+        f"training.updates is step, but {name} has a choice for each of its K steps",
+    )
     for part in ("depth", "fixed_point", "layer_dropout"):
         free = not getattr(config.training, part)
         yield free, f"training.{part} is set, but {name} has a choice for each of its K steps"

@@ -17,6 +17,8 @@ with epy.lazy_imports():
 State = Any  # pytree, leaves [*n, ...]
 Carry = Any  # pytree, leaves [*n, ...]
 Mixes = Literal["states", "losses", "neither"]
+Reach = Literal["step", "next", "path"]
+"""What a step's part of the loss is made of: that step, also what the next one shows the rule, or the whole path."""
 Measure = Literal["margin", "entropy", "entropy_change", "kl", "state_change", "acceleration", "unstable"]
 """How unsettled a prediction is, without a halting head: see `ponder.halting.measures`."""
 
@@ -43,6 +45,8 @@ class Path(NamedTuple):
     correct: Bool[jax.Array, "K *n"]  # the answer at this step is the target
     agrees: Bool[jax.Array, "K *n"]  # it is the last step's answer
     counts: Float[jax.Array, "*n"]  # 1 on lanes with a target, else 0
+    left: int | Int[jax.Array, ""] = 0  # steps that come after these, where they are a piece of a path
+    ahead: Seen | None = None  # what the first of those showed, without gradient, to a rule whose reach is "next"
 
 
 class Halt(NamedTuple):
@@ -89,6 +93,11 @@ class Taught(Rule, Protocol):
 
     def lesson(self, path: Path) -> Float[jax.Array, "K *n"]:
         """Added to the loss as its mean over steps and target lanes."""
+
+
+def reach(rule: Rule) -> Reach:
+    """What the rule says of itself. One that says nothing needs the whole path, so each batch is one update."""
+    return getattr(rule, "reach", "path")
 
 
 @runtime_checkable
@@ -168,4 +177,5 @@ class Ran(NamedTuple):
     cost: Float[jax.Array, "*n"]
     steps: Int[jax.Array, "*n"]  # executed until the stop
     context: Any
+    ahead: Seen | None = None  # what the rule would be shown one step later, without gradient, where it was looked at
     solved: Any = None  # how the fixed point was found from which the steps went on (`ponder.engine.anderson.Solved`)

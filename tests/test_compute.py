@@ -21,7 +21,7 @@ from ponder.halting.fixed import Fixed
 from ponder.halting.pondernet import PonderNet
 from ponder.models import build
 from ponder.models.config import Recurrent, Transformer, TwoState
-from ponder.objectives.ponder import ponder_loss, predict
+from ponder.objectives.ponder import Midway, ponder_loss, predict
 from ponder.tasks.task import Shape, Task
 
 FORWARD, GRADIENT = 0.02, 0.05
@@ -119,6 +119,33 @@ def test_training_agrees_with_unrolled_twin(case):
     config = make(case)
     forward, both = twin(config)
     cost = compute.training_cost(config)
+    assert cost.forward == pytest.approx(forward, rel=FORWARD)
+    assert cost.forward + cost.backward == pytest.approx(both, rel=GRADIENT)
+
+
+@pytest.mark.parametrize("rule", [Correctness(), Correctness(continue_target=True)], ids=["alone", "looks_ahead"])
+@pytest.mark.parametrize("case", ["two_networks", "example"])
+def test_an_update_of_one_step_agrees_with_its_twin(case, rule):
+    """One that looks ahead runs the next step, too, forward and not from the embedding."""
+    config = replace(make(case, continue_head=True), rule=rule)
+    config = replace(config, training=replace(config.training, updates="step"))
+    graph, params, batch = abstract_problem(config)
+
+    def begun(params, batch):
+        model = nnx.merge(graph, params)
+        context = model.context(batch.segments, batch.positions)
+        return model.begin(model.embed(batch.inputs), context, jax.random.key(0))[0]
+
+    def loss(params, batch, state, k):
+        model, start = nnx.merge(graph, params), Midway(state, k)
+        return ponder_loss(model, rule, batch, jax.random.key(0), freeze=False, steps=1, start=start)[0]
+
+    state, k = jax.eval_shape(begun, params, batch), jax.ShapeDtypeStruct((), jnp.int32)
+    lanes, cost = compute.lanes(config.task.shape, ROWS), compute.training_cost(config)
+    forward, both = (
+        config.model.steps * jax.jit(function).lower(params, batch, state, k).cost_analysis()["flops"] / lanes
+        for function in (loss, jax.value_and_grad(loss))
+    )
     assert cost.forward == pytest.approx(forward, rel=FORWARD)
     assert cost.forward + cost.backward == pytest.approx(both, rel=GRADIENT)
 

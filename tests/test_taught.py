@@ -96,6 +96,25 @@ def test_lesson_and_its_gradient(rule: Any, counts: tuple[int, ...]) -> None:
         assert rule.continue_target == bool(np.abs(by_go).any())
 
 
+def test_pieces_of_a_path_that_look_ahead_teach_what_the_whole_does() -> None:
+    """Each step by itself, with what the next one shows, as where it is an update of its own."""
+    rule = Correctness(continue_target=True)
+
+    def pieces(halt: jax.Array, go: jax.Array) -> jax.Array:
+        taught = []
+        for k in range(K):
+            after = min(k + 1, K - 1)  # what would come after the last is of no matter
+            own = (leaf[k : k + 1] for leaf in whole[:5])
+            taught.append(rule.lesson(Path(*own, whole.counts, left=K - 1 - k, ahead=Seen(halt[after], go[after]))))
+        return jnp.concatenate(taught)
+
+    whole = path()
+    ahead = (jnp.asarray(LOGITS, jnp.float32), jnp.asarray(GO, jnp.float32))
+    np.testing.assert_allclose(pieces(*ahead), rule.lesson(whole), rtol=1e-6)
+    for leaf in jax.grad(lambda *ahead: pieces(*ahead).sum(), (0, 1))(*ahead):
+        assert not np.any(leaf)
+
+
 def test_one_step_teaches_what_it_can() -> None:
     one = path()._replace(**{name: getattr(path(), name)[:1] for name in ("halt", "go", "loss", "correct", "agrees")})
     for rule in TAUGHT:

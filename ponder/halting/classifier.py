@@ -9,7 +9,7 @@ from etils import epy
 from jaxtyping import Bool, Float, Int
 
 from ponder.halting.supervised import Emphasis, Supervised, log_odds
-from ponder.protocols import Path, Seen
+from ponder.protocols import Path, Reach, Seen
 
 with epy.lazy_imports():
     import jax
@@ -35,7 +35,7 @@ class Classifier(Supervised):
 
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
     known_exits: ClassVar[tuple[str, ...]] = ("threshold", "last")
-    steps_alone: ClassVar[bool] = False
+    reach: ClassVar[Reach] = "path"
     sweepable: ClassVar[frozenset[str]] = frozenset({"weight"})
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from etils import epy
 from jaxtyping import Bool, Float, Int
 
 from ponder.halting.supervised import Supervised, log_odds
-from ponder.protocols import Path, Seen
+from ponder.protocols import Path, Reach, Seen
 
 with epy.lazy_imports():
     import jax
@@ -29,8 +29,8 @@ class Correctness(Supervised):
     TRM (Jolicoeur-Martineau 2025, arXiv 2510.04871): binary cross entropy of q_halt against "the answer is exactly
     right", stop where sigmoid(q_halt) >= threshold. HRM (Wang et al. 2025, arXiv 2506.21734, section 2), with
     `continue_target`: a second head q_continue is taught the larger of both values one step later (at the step before
-    the last, q_halt there), a bootstrapped Q-learning target, and a lane stops where q_halt > q_continue. HRM computes
-    that target with one more forward step; here the walk has it already.
+    the last, q_halt there), a bootstrapped Q-learning target, and a lane stops where q_halt > q_continue. The
+    step later is on the path already; where each step is an update of its own it is run ahead, without gradient.
 
     A lane without a target teaches nothing, so that padding never counts as solved.
     """
@@ -59,9 +59,9 @@ class Correctness(Supervised):
         return frozenset({"halt", "go"} if self.continue_target else {"halt"})
 
     @property
-    def steps_alone(self) -> bool:  # type: ignore[override]
+    def reach(self) -> Reach:  # type: ignore[override]
         """The value of going on is taught by the step after."""
-        return not self.continue_target
+        return "next" if self.continue_target else "step"
 
     @property
     def exits(self) -> tuple[str, ...]:
@@ -95,9 +95,19 @@ class Correctness(Supervised):
         cost = optax.losses.sigmoid_binary_cross_entropy(path.halt, path.correct.astype(jnp.float32))
         if self.continue_target:
             assert path.go is not None
-            halt, go = jax.lax.stop_gradient((path.halt, path.go))
-            # What step k + 1 is worth; at the last one there is no going on.
-            best = jnp.concatenate([jnp.maximum(halt[1:-1], go[1:-1]), halt[1:][-1:]])
-            later = optax.losses.sigmoid_binary_cross_entropy(path.go[:-1], jax.nn.sigmoid(best))
-            cost = cost + jnp.concatenate([later, jnp.zeros_like(cost[:1])])
+            left = path.left + jnp.arange(len(cost), dtype=jnp.int32)[::-1]  # steps that come after each
+            left = left.reshape(-1, *(1,) * (cost.ndim - 1))
+            later = optax.losses.sigmoid_binary_cross_entropy(path.go, jax.nn.sigmoid(_worth_of_next(path, left)))
+            cost = cost + jnp.where(left > 0, later, 0.0)  # at the last one there is no going on
         return self.weight * cost
+
+
+def _worth_of_next(path: Path, left: Int[jax.Array, "K *#n"]) -> Float[jax.Array, "K *n"]:
+    """Logit of what the step after each is worth, without gradient. It means nothing where no step is `left`."""
+    assert path.halt is not None and path.go is not None
+    ahead = Seen(path.halt[-1], path.go[-1]) if path.ahead is None else path.ahead
+    assert ahead.halt is not None and ahead.go is not None
+    halt = jnp.concatenate([path.halt[1:], ahead.halt[None]])
+    go = jnp.concatenate([path.go[1:], ahead.go[None]])
+    # The last step can only halt.
+    return jax.lax.stop_gradient(jnp.where(left == 1, halt, jnp.maximum(halt, go)))

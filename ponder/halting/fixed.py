@@ -9,7 +9,7 @@ from etils import epy
 from jaxtyping import Bool, Int
 
 from ponder.errors import UserError
-from ponder.protocols import Halt, Mixes, Seen
+from ponder.protocols import Halt, Mixes, Reach, Seen
 
 with epy.lazy_imports():
     import jax
@@ -18,10 +18,14 @@ with epy.lazy_imports():
 
 @dataclass(frozen=True)
 class Fixed:
-    """The baseline of every table. It looks at nothing and costs nothing."""
+    """The baseline of every table. It looks at nothing and costs nothing.
+
+    With `training.updates="step"` each step is the last one of its own update, so that every answer is trained.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     mixes: ClassVar[Mixes] = "neither"
+    reach: ClassVar[Reach] = "step"
 
     @property
     def cost_weight(self) -> float:

@@ -10,7 +10,7 @@ from etils import epy
 from jaxtyping import Bool, Float, Int
 
 from ponder.halting.supervised import Supervised
-from ponder.protocols import Path, Seen
+from ponder.protocols import Path, Reach, Seen
 
 with epy.lazy_imports():
     import jax
@@ -46,7 +46,7 @@ class Gate(Supervised):
 
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
     known_exits: ClassVar[tuple[str, ...]] = ("quantile", "last")
-    steps_alone: ClassVar[bool] = False
+    reach: ClassVar[Reach] = "path"
     sweepable: ClassVar[frozenset[str]] = frozenset({"slope", "margin", "weight"})
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from ponder.errors import UserError
 from ponder.halting.supervised import Memory, Supervised
-from ponder.protocols import Seen
+from ponder.protocols import Reach, Seen
 
 with epy.lazy_imports():
     import jax
@@ -36,7 +36,7 @@ class LayerSkip(Supervised):
     rotation: int = 1
     """Of this many early exits one is on at an optimizer step, the next one at the next. 1: all are, always."""
 
-    steps_alone: ClassVar[bool] = False
+    reach: ClassVar[Reach] = "path"
 
     turn: ClassVar[Any] = None
     """Optimizer step, where the exits take turns. None: all are on."""

@@ -15,7 +15,7 @@ from etils import epy
 from jaxtyping import Bool, Float, Int
 
 from ponder.errors import UserError
-from ponder.protocols import Halt, Mixes, Seen
+from ponder.protocols import Halt, Mixes, Reach, Seen
 
 with epy.lazy_imports():
     import jax
@@ -44,8 +44,8 @@ class Supervised:
     needs: ClassVar[frozenset[str]] = frozenset()
     mixes: ClassVar[Mixes] = "losses"
     known_exits: ClassVar[tuple[str, ...]] = ("last",)
-    steps_alone: ClassVar[bool] = True
-    """Whether what is taught at a step needs no other step: it can then be an optimizer update of its own."""
+    reach: ClassVar[Reach] = "step"
+    """Unless it is the whole path, a step can be an optimizer update of its own."""
 
     def __post_init__(self) -> None:
         if self.exit not in self.known_exits:

@@ -16,7 +16,7 @@ from ponder.engine.anderson import Solved
 from ponder.engine.fixed_point import settle
 from ponder.engine.masked import Moment, masked
 from ponder.objectives.language import correct, cross_entropy
-from ponder.protocols import Path, Ran, Routed, Routing, Rule, State, Taught, Trajectory
+from ponder.protocols import Path, Ran, Routed, Routing, Rule, Seen, State, Taught, Trajectory, reach
 
 
 class Outcome(NamedTuple):
@@ -98,7 +98,8 @@ def ponder_loss(
     Args:
       freeze, steps, layer_dropout, unroll, remat: as in `ponder.engine.masked.masked`.
       before: int32 scalar, steps to run first without gradient (`ponder.engine.depth`). None: none.
-      start: the state to begin with, in place of the trajectory's own. The rule begins anew.
+      start: the state to begin with, in place of the trajectory's own. The rule begins anew. A rule that looks ahead
+        (`protocols.Reach`) is also shown the step after, which the same parameters take without gradient.
       fixed_point: solve for it first, and step on from there (`ponder.engine.fixed_point`). None: from the start.
     """
     options: dict[str, Any] = {
@@ -126,7 +127,10 @@ def ponder_loss(
         right = answers == batch.targets[None]
         lesson = jnp.zeros_like(ran.cost)
         if isinstance(rule, Taught):
-            lesson = rule.lesson(_path(trajectory, batch, losses, right, answers == answers[-1:], heads)).mean(axis=0)
+            path = _path(trajectory, batch, losses, right, answers == answers[-1:], heads)
+            if start is not None:
+                path = path._replace(left=trajectory.steps - start.steps - len(losses), ahead=ran.ahead)
+            lesson = rule.lesson(path).mean(axis=0)
         stop = (jnp.maximum(ran.steps, 1) - 1)[None]  # [1, *n]
         outcome = Outcome(
             task_loss=(ran.weight * losses).sum(axis=0),
@@ -197,7 +201,27 @@ def run(
     ran = masked(
         trajectory, rule, x, state, context, think_key, mask=mask, together=together, observe=observe, **options
     )
+    if start is not None and reach(rule) == "next":
+        taken = len(ran.weight)
+        ahead_key = jax.random.fold_in(think_key, taken + 1)
+        ran = ran._replace(ahead=_ahead(trajectory, rule, x, ran, start.steps + taken + 1, together, ahead_key))
     return ran._replace(solved=solved)
+
+
+def _ahead(
+    trajectory: Trajectory,
+    rule: Rule,
+    x: jax.Array,
+    ran: Ran,
+    k: int | Int[jax.Array, ""],
+    together: Bool[jax.Array, "B T T"] | None,
+    key: jax.Array,
+) -> Seen:
+    """What step `k`, the next one, would show the rule. Carries no gradient."""
+    still, x, state, context = jax.lax.stop_gradient((trajectory, x, ran.state, ran.context))
+    state, context = still.step(state, x, k, context, None, key)
+    seen = still.see(state, context, rule.needs)
+    return seen if together is None else groups.pooled(seen, together)
 
 
 def _path(
