@@ -5,7 +5,8 @@ once. What differs is how it is taught, and when it stops:
 
 - `fixed6` the last step alone; `supervised` every step alike, with all readouts calibrated to break 1 % of the answers;
 - `random_depth` a log-normal Poisson number of steps, of which the last two have a gradient, `curriculum` the same with
-  a mean that grows from 1; `fixed_point` the state at which nothing changes any more, with an implicit gradient;
+  a mean that grows from 1; `fixed_point` the state at which nothing changes any more, with an implicit gradient, and
+  answers there, after up to 24 steps;
 - `layerskip` six layers of their own, with layer dropout and every exit trained in turn;
 - `classifier` (CALM), `correctness` and `correctness_continue` (TRM's and HRM's heads), `gate` (LoopLM's, taught along)
   and `gate_two_stage` (taught after a first stage, on a model that stands still);
@@ -41,6 +42,7 @@ from ponder.halting.correctness import Correctness
 from ponder.halting.fixed import Fixed
 from ponder.halting.gate import Gate
 from ponder.halting.pondernet import PonderNet
+from ponder.halting.readout import Readout
 from ponder.models.config import Transformer, heads
 from ponder.tasks.sums import Sums
 
@@ -62,12 +64,14 @@ ARMS = (
 )
 SEEDS = 3
 STEPS = 6
+SETTLES = 24  # steps at most, at inference, of what is trained at its fixed point
 FIRST_STAGE = 0.75  # of the budget
 READOUTS = ("margin", "entropy", "entropy_change", "kl", "state_change", "acceleration", "unstable")
 RULES = {
     "correctness_continue": Correctness(continue_target=True),
     "gate_two_stage": Gate(),
-    **dict.fromkeys(("random_depth", "curriculum", "fixed_point"), Fixed()),
+    **dict.fromkeys(("random_depth", "curriculum"), Fixed()),
+    "fixed_point": Readout(measure="state_change", threshold=1e-2),
 }
 TRAINING = {
     "random_depth": {"depth": Depth(mean=float(STEPS), backprop=2, most=3 * STEPS)},
@@ -89,7 +93,7 @@ def of_arm(arm: str, seed: int, smoke: bool) -> Config:
         name=f"methods-{arm}",
         task=Sums(digits=2, operands=3, max_operands=6, train_rows=20_000 if smoke else 200_000),
         model=Transformer(
-            steps=int(arm.removeprefix("fixed")) if fixed else STEPS,
+            steps=int(arm.removeprefix("fixed")) if fixed else SETTLES if arm == "fixed_point" else STEPS,
             d_model=64,
             heads=4,
             prelude_layers=1,
