@@ -8,8 +8,8 @@ once. What differs is how it is taught, and when it stops:
   a mean that grows from 1; `fixed_point` the state at which nothing changes any more, with an implicit gradient, and
   answers there, after up to 24 steps;
 - `layerskip` six layers of their own, with layer dropout and every exit trained in turn;
-- `classifier` (CALM), `correctness` and `correctness_continue` (TRM's and HRM's heads), `gate` (what the next step gains)
-  and `gate_two_stage` (taught after a first stage, on a model that stands still);
+- `classifier` (CALM), `correctness` and `correctness_continue` (TRM's and HRM's heads), `gate` (taught along what the
+  next step gains) and `gate_two_stage` (taught after a first stage, on a model that stands still);
 - `fixed1`, `fixed2`, `fixed3` trained at fewer steps: the frontier that the others are measured against.
 
 All spend equal training FLOPs, first stages included. A fixed point is priced with all iterations that it may take.
