@@ -71,6 +71,16 @@ def columns(table: Table) -> list[Column]:
             " cheaper; outside: cheaper or dearer than all",
             lambda line: versus(line, digits),
         ),
+    ]
+    if table.part:
+        found.append(
+            Column(
+                f"{table.part}s vs fixed",
+                f"the same in {table.part}s right",
+                lambda line: difference(line.versus_parts, digits) if line.versus_parts else "",
+            )
+        )
+    found += [
         Column(
             "run-on gap",
             "loss of run-on training minus loss of frozen inference, nats",

@@ -31,6 +31,7 @@ class Metric(NamedTuple):
 
 
 ACCURACY = Metric("accuracy", "accuracy", True)
+PARTS = Metric("token_accuracy", "share of targets", True)
 BITS = Metric("bits_per_byte", "bits per byte", False)
 
 
@@ -54,6 +55,8 @@ class Line:
     """Difference to the frontier of fixed depths at equal inference FLOPs, paired by seed."""
     versus_why: str
     """Why there is none: a fixed depth itself, "outside", or no fixed depth to compare with."""
+    versus_parts: Interval | None
+    """The same in `parts`."""
     broken: Interval | None
     """Share of questions that the last step answers rightly and a calibrated readout does not."""
     extrapolation: Interval | None
@@ -118,11 +121,16 @@ def make(
     metric = BITS if any("bits_per_byte" in row for run in runs for row in run.evaluations) else ACCURACY
     split = _headline_split(runs)
     # Fixed depths have one exit; their rows make the frontier.
-    depths = [points(of_arm, metric, split, exits(of_arm)[0]) for of_arm in by_arm.values() if of_arm[0].is_fixed]
-    frontier = statistics.frontier(depths, metric.higher_is_better)
+    fixed = [of_arm for of_arm in by_arm.values() if of_arm[0].is_fixed]
+
+    def frontier_of(metric: Metric) -> statistics.Frontier:
+        depths = [points(of_arm, metric, split, exits(of_arm)[0]) for of_arm in fixed]
+        return statistics.frontier(depths, metric.higher_is_better)
+
+    frontiers = frontier_of(metric), frontier_of(PARTS)
     reference = _mean(run.training_flops for run in by_arm[order[0]])
     lines = [
-        _line(arm, of_arm, exit, metric, split, threshold, frontier, reference)
+        _line(arm, of_arm, exit, metric, split, threshold, frontiers, reference)
         for arm, of_arm in by_arm.items()
         for exit in exits(of_arm)
     ]
@@ -186,18 +194,20 @@ def _line(
     metric: Metric,
     split: str,
     threshold: float,
-    frontier: statistics.Frontier,
+    frontiers: tuple[statistics.Frontier, statistics.Frontier],
     reference: float,
 ) -> Line:
     rows = _evaluations(runs, split, exit)
     beyond = _evaluations(runs, "extrapolation", exit)
     values = [row[metric.field] for row in rows.values()]
     is_fixed = runs[0].is_fixed and exit == exits(runs)[0]  # a readout of a fixed depth is none itself
-    versus, why = None, "fixed depth"
+    frontier, of_parts = frontiers
+    versus, versus_parts, why = None, None, "fixed depth"
     if exit == "oracle":
         why = "it is told the answers"
     elif not is_fixed:
         versus = statistics.above_frontier(frontier, points(runs, metric, split, exit))
+        versus_parts = statistics.above_frontier(of_parts, points(runs, PARTS, split, exit))
         why = "" if versus else "outside" if frontier.knots.keys() & rows.keys() else "no fixed depth of these seeds"
 
     def interval(of: Callable[[dict[str, Any]], float]) -> Interval:
@@ -217,6 +227,7 @@ def _line(
         gap=interval(lambda row: row["run_on_loss"] - row["loss"]),
         versus=versus,
         versus_why=why,
+        versus_parts=versus_parts,
         broken=interval(lambda row: row["broken"]) if all("broken" in row for row in rows.values()) else None,
         extrapolation=statistics.mean_interval(row[metric.field] for row in beyond.values()) if beyond else None,
         training_flops=flops,
