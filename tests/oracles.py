@@ -114,6 +114,11 @@ def truncated_geometric(prior: float, steps: int) -> np.ndarray:
     return mass / mass.sum()
 
 
+def prior_of(rule: Any, steps: int) -> np.ndarray:
+    """[K] of a PonderNet."""
+    return np.full(steps, 1 / steps) if rule.shape == "uniform" else truncated_geometric(rule.prior, steps)
+
+
 def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """KL(p || q) over the first axis, 0 log 0 = 0; q [K]."""
     q = q.reshape(-1, *[1] * (p.ndim - 1))
@@ -130,7 +135,7 @@ def quantile_exit(p: np.ndarray, quantile: float) -> np.ndarray:
 def check_pondernet(rule: Any, logits: np.ndarray, values: np.ndarray) -> None:
     """Mass, weights, KL, quantile, and gradients of KL and of the expected value, on logits [K, n]."""
     answer = driven(rule, jnp.asarray(logits, jnp.float32))
-    prior = truncated_geometric(rule.prior, len(logits))
+    prior = prior_of(rule, len(logits))
     p = ponder_p(sigmoid(logits))
     np.testing.assert_allclose(answer.weight.sum(0), 1, atol=2e-6)
     np.testing.assert_allclose(answer.weight, p, atol=2e-6)

@@ -18,6 +18,7 @@ from oracles import (
     gradients,
     kl,
     ponder_p,
+    prior_of,
     sigmoid,
     truncated_geometric,
 )
@@ -26,17 +27,19 @@ from ponder.errors import UserError
 from ponder.halting.pondernet import PonderNet
 from ponder.protocols import Seen
 
+UNIFORM = PonderNet(shape="uniform", quantile=0.7)
+
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("prior", [0.2, 0.9])
-def test_cases(name: str, prior: float) -> None:
+@pytest.mark.parametrize("rule", [PonderNet(prior=0.2), PonderNet(prior=0.9), UNIFORM])
+def test_cases(name: str, rule: PonderNet) -> None:
     logits = CASES[name]
-    check_pondernet(PonderNet(prior=prior), logits, np.random.default_rng(0).normal(size=logits.shape))
+    check_pondernet(rule, logits, np.random.default_rng(0).normal(size=logits.shape))
 
 
 @given(
     arrays(np.float64, (6, 4), elements=st.floats(-9, 9, width=32)),
-    st.sampled_from([PonderNet(), PonderNet(prior=0.05, quantile=0.9), PonderNet(prior=0.7, quantile=0.1)]),
+    st.sampled_from([PonderNet(), PonderNet(prior=0.05, quantile=0.9), PonderNet(prior=0.7, quantile=0.1), UNIFORM]),
 )
 def test_random_logits(logits: np.ndarray, rule: PonderNet) -> None:
     check_pondernet(rule, logits, np.linspace(-1, 1, logits.size).reshape(logits.shape))
@@ -104,10 +107,11 @@ def test_bernoulli_draws_differ_by_lane_step_and_key() -> None:
     assert (stop == drive(rule, z).stop[:-1]).all()
 
 
+@pytest.mark.parametrize("rule", [PonderNet(), UNIFORM])
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
-def test_stopped_early_takes_the_rest(n: int) -> None:
+def test_stopped_early_takes_the_rest(n: int, rule: PonderNet) -> None:
     """A lane told that step n < K is its last: mass one, and the cost is the KL of the merged distributions."""
-    rule, steps = PonderNet(), 5
+    steps = 5
     logits = np.array([-0.5, 0.2, -1.0, 0.7, 0.1])
     carry, weights, costs = rule.init((1,), steps, Seen()), [], []
     for k in range(1, n + 1):
@@ -115,7 +119,7 @@ def test_stopped_early_takes_the_rest(n: int) -> None:
         carry, halt = rule(carry, seen, jnp.array([k], jnp.int32), jnp.array([k == n]), jax.random.key(0))
         weights.append(float(halt.weight[0]))
         costs.append(float(halt.cost[0]))
-    p, q = ponder_p(sigmoid(logits)), truncated_geometric(0.2, steps)
+    p, q = ponder_p(sigmoid(logits)), prior_of(rule, steps)
     merged_p, merged_q = np.append(p[: n - 1], p[n - 1 :].sum()), np.append(q[: n - 1], q[n - 1 :].sum())
     np.testing.assert_allclose(weights, merged_p, rtol=1e-5)
     np.testing.assert_allclose(sum(costs), kl(merged_p, merged_q), rtol=1e-4, atol=1e-6)
@@ -182,6 +186,11 @@ class UniformPrior(PonderNet):
         return -jnp.log(steps.astype(jnp.float32))
 
 
+class GeometricPrior(PonderNet):
+    def _log_prior(self, k, steps, last):
+        return PonderNet(self.prior)._log_prior(k, steps, last)
+
+
 class NoForcedLast(PonderNet):
     """lambda_K is the head's own, so the mass is less than one."""
 
@@ -229,3 +238,9 @@ def test_planted_errors_are_caught(wrong: type[PonderNet]) -> None:
     check_all(check_pondernet, PonderNet())
     with pytest.raises(AssertionError):
         check_all(check_pondernet, wrong())
+
+
+@pytest.mark.parametrize("wrong", [GeometricPrior, ReverseKL, DetachedMass])
+def test_planted_errors_are_caught_beside_a_uniform_prior(wrong: type[PonderNet]) -> None:
+    with pytest.raises(AssertionError):
+        check_all(check_pondernet, wrong(shape="uniform"))
