@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from oracles import drive, driven, numerical_gradient, sigmoid
 from toys import Attending, batch_of, parameters, single
 
@@ -41,59 +43,111 @@ def cross_entropy(logit: np.ndarray, target: np.ndarray) -> np.ndarray:
     return -(target * np.log(p) + (1 - target) * np.log(1 - p))
 
 
-def path(halt: Any = LOGITS, go: Any = GO, counts: Any = (1, 1, 1)) -> Path:
-    return Path(
-        jnp.asarray(halt, jnp.float32),
-        jnp.asarray(go, jnp.float32),
-        jnp.asarray(LOSS, jnp.float32),
-        jnp.asarray(CORRECT),
-        jnp.asarray(AGREES),
-        jnp.asarray(counts, jnp.float32),
-    )
+def case(counts: Any = (1.0, 1.0, 1.0)) -> Path:
+    """In float64, for the oracle."""
+    return Path(LOGITS, GO, LOSS, CORRECT, AGREES, np.asarray(counts, np.float64))  # type: ignore[arg-type]
 
 
-def lesson(rule: Any, halt: np.ndarray = LOGITS, go: np.ndarray = GO, counts: Any = (1, 1, 1)) -> float:
-    """The term of the loss in float64: mean over steps and target lanes."""
-    counts = np.asarray(counts, np.float64)
-    if isinstance(rule, Correctness):
-        cost = cross_entropy(halt, CORRECT)
-        if rule.continue_target:
-            for k in range(K - 1):
-                worth = LOGITS[k + 1] if k + 1 == K - 1 else np.maximum(LOGITS[k + 1], GO[k + 1])
-                cost[k] += cross_entropy(go[k], sigmoid(worth))
-        return rule.weight * float((cost * counts).sum() / K / counts.sum())
-    if isinstance(rule, Gate):
-        cost = np.zeros((K, LANES))
-        for k in range(1, K):
-            gain = LOSS[k - 1] - LOSS[k]
-            if rule.target == "past":  # Ouro, eq. 5 and 6: labels of step k from the step before it
-                cost[k] = cross_entropy(-halt[k], sigmoid(rule.slope * (np.maximum(gain, 0) - rule.margin)))
-            else:
-                cost[k - 1] = cross_entropy(-halt[k - 1], sigmoid(rule.slope * (gain - rule.margin)))
-        return rule.weight * float((cost * counts).sum() / K / counts.sum())
-    cost, kinds = cross_entropy(halt[:-1], AGREES[:-1]), (AGREES[:-1], ~AGREES[:-1])
-    return rule.weight * float(np.mean([(cost * kind * counts).sum() / (kind * counts).sum() for kind in kinds]))
+def single_path(path: Path) -> Path:
+    halt, go, loss, counts = (jnp.asarray(leaf, jnp.float32) for leaf in (path.halt, path.go, path.loss, path.counts))
+    return Path(halt, go, loss, jnp.asarray(path.correct), jnp.asarray(path.agrees), counts)
+
+
+def lesson(rule: Any, path: Any, halt: Any, go: Any) -> float:
+    """The term of the loss in float64: mean over steps and target lanes. Targets that are bootstrapped are those of
+    `path`, whatever `halt` and `go`: they carry no gradient."""
+    steps, counts = len(path.halt), path.counts
+    if isinstance(rule, Classifier):
+        cost, kinds = cross_entropy(halt[:-1], path.agrees[:-1]), (path.agrees[:-1], ~path.agrees[:-1])
+        # A kind that there is not teaches nothing.
+        means = [(cost * kind * counts).sum() / max((kind * counts).sum(), 1.0) for kind in kinds]
+        return rule.weight * float(np.mean(means))
+    cost = cross_entropy(halt, path.correct) if isinstance(rule, Correctness) else np.zeros(path.halt.shape)
+    for k in range(1, steps):
+        gain = path.loss[k - 1] - path.loss[k]
+        if isinstance(rule, Gate) and rule.target == "past":  # Ouro, eq. 5 and 6: labels of step k from the one before
+            cost[k] = cross_entropy(-halt[k], sigmoid(rule.slope * (np.maximum(gain, 0) - rule.margin)))
+        elif isinstance(rule, Gate):
+            cost[k - 1] = cross_entropy(-halt[k - 1], sigmoid(rule.slope * (gain - rule.margin)))
+        elif rule.continue_target:
+            worth = path.halt[k] if k == steps - 1 else np.maximum(path.halt[k], path.go[k])
+            cost[k - 1] += cross_entropy(go[k - 1], sigmoid(worth))
+    return rule.weight * float((cost * counts).sum() / steps / counts.sum())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def term(rule: Any, path: Path) -> Any:
+    """What the lesson adds to the loss, and its gradients with respect to the logits of both heads."""
+
+    def value(halt: jax.Array, go: jax.Array) -> jax.Array:
+        each = rule.lesson(path._replace(halt=halt, go=go)).mean(axis=0)
+        return (each * path.counts).sum() / path.counts.sum()
+
+    return jax.value_and_grad(value, (0, 1))(path.halt, path.go)
+
+
+def check_lesson(rule: Any, path: Any) -> None:
+    value, (by_halt, by_go) = term(rule, single_path(path))
+    assert isinstance(rule, Taught)
+    np.testing.assert_allclose(value, lesson(rule, path, path.halt, path.go), rtol=5e-6, atol=1e-6)
+    numerical = numerical_gradient(lambda halt: lesson(rule, path, halt, path.go), path.halt)
+    np.testing.assert_allclose(by_halt, numerical, atol=5e-6)
+    numerical = numerical_gradient(lambda go: lesson(rule, path, path.halt, go), path.go)
+    np.testing.assert_allclose(by_go, numerical, atol=5e-6)
 
 
 @pytest.mark.parametrize("counts", [(1, 1, 1), (1, 0, 1)])
-@pytest.mark.parametrize("rule", TAUGHT, ids=lambda rule: f"{type(rule).__name__} {getattr(rule, 'target', '')}")
+@pytest.mark.parametrize("rule", TAUGHT, ids=lambda rule: type(rule).__name__)
 def test_lesson_and_its_gradient(rule: Any, counts: tuple[int, ...]) -> None:
-    def term(halt: jax.Array, go: jax.Array) -> jax.Array:
-        each = rule.lesson(path(halt, go, counts)).mean(axis=0)
-        return (each * jnp.asarray(counts, jnp.float32)).sum() / sum(counts)
+    check_lesson(rule, case(counts))
 
-    value, (by_halt, by_go) = jax.value_and_grad(term, (0, 1))(
-        jnp.asarray(LOGITS, jnp.float32), jnp.asarray(GO, jnp.float32)
-    )
-    assert isinstance(rule, Taught)
-    np.testing.assert_allclose(value, lesson(rule, counts=counts), rtol=2e-6)
-    # Targets are bootstrapped from LOGITS and GO, which the oracle holds fixed: they carry no gradient.
-    numerical = numerical_gradient(lambda halt: lesson(rule, halt=halt, counts=counts), LOGITS)
-    np.testing.assert_allclose(by_halt, numerical, atol=2e-6)
-    if isinstance(rule, Correctness):
-        numerical = numerical_gradient(lambda go: lesson(rule, go=go, counts=counts), GO)
-        np.testing.assert_allclose(by_go, numerical, atol=2e-6)
-        assert rule.continue_target == bool(np.abs(by_go).any())
+
+@pytest.mark.parametrize("rule", [*TAUGHT, Gate()], ids=lambda rule: type(rule).__name__)
+@settings(max_examples=15)
+@given(
+    arrays(np.float64, (2, 5, 4), elements=st.floats(-9, 9, width=32)),
+    arrays(np.float64, (5, 4), elements=st.floats(0, 8, width=32)),
+    arrays(bool, (2, 5, 4)),
+    arrays(bool, 4).filter(np.any),
+)
+def test_lessons_of_random_paths(
+    rule: Any, heads: np.ndarray, loss: np.ndarray, holds: np.ndarray, counts: np.ndarray
+) -> None:
+    correct, agrees = holds[0], np.concatenate([holds[1, :-1], np.ones((1, 4), bool)])
+    check_lesson(rule, Path(*heads, loss, correct, agrees, counts.astype(np.float64)))  # type: ignore[arg-type]
+
+
+class Unbalanced(Classifier):
+    """Steps weigh alike, however rare their kind."""
+
+    def lesson(self, path: Path) -> jax.Array:
+        assert path.halt is not None
+        cost = optax.losses.sigmoid_binary_cross_entropy(path.halt, path.agrees.astype(jnp.float32))
+        return self.weight * cost.at[-1].set(0.0)
+
+
+class Leaking(Correctness):
+    """What going on is worth is trained, too."""
+
+    def lesson(self, path: Path) -> jax.Array:
+        assert path.halt is not None and path.go is not None
+        cost = optax.losses.sigmoid_binary_cross_entropy(path.halt, path.correct.astype(jnp.float32))
+        best = jnp.concatenate([jnp.maximum(path.halt[1:-1], path.go[1:-1]), path.halt[-1:]])
+        later = optax.losses.sigmoid_binary_cross_entropy(path.go[:-1], jax.nn.sigmoid(best))
+        return self.weight * cost.at[:-1].add(later)
+
+
+class Backwards(Gate):
+    """Going on is right where it loses."""
+
+    def lesson(self, path: Path) -> jax.Array:
+        return super().lesson(path._replace(loss=-path.loss))
+
+
+@pytest.mark.parametrize("wrong", [Unbalanced(), Leaking(continue_target=True), Backwards(slope=3.0, margin=0.1)])
+def test_planted_errors_are_caught(wrong: Any) -> None:
+    with pytest.raises(AssertionError):
+        check_lesson(wrong, case())
 
 
 def test_pieces_of_a_path_that_look_ahead_teach_what_the_whole_does() -> None:
@@ -116,7 +170,8 @@ def test_pieces_of_a_path_that_look_ahead_teach_what_the_whole_does() -> None:
 
 
 def test_one_step_teaches_what_it_can() -> None:
-    one = path()._replace(**{name: getattr(path(), name)[:1] for name in ("halt", "go", "loss", "correct", "agrees")})
+    whole = single_path(case())
+    one = whole._replace(**{name: getattr(whole, name)[:1] for name in ("halt", "go", "loss", "correct", "agrees")})
     for rule in TAUGHT:
         cost = np.asarray(rule.lesson(one))
         assert cost.shape == (1, LANES) and np.isfinite(cost).all()
