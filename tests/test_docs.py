@@ -141,3 +141,16 @@ def test_figures_are_those_of_the_tables(page: Path) -> None:
         assert (n, result, steps, versus) == (row["n"], value, row["steps"], row["vs fixed"]), f"{arm} of {link}"
     if "No table yet" not in page.read_text() and page.stem != "evaluation-walk":
         assert copied
+
+
+def test_intervals_in_the_readme_are_those_of_tables() -> None:
+    """Each `0.9970 ± 0.0009` stands in the table that its line links to; paired differences have a sign."""
+    shown = re.findall(r"^\| .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    lines = [line for line in shown if "experiments/results" in line and "±" in line]
+    assert len(lines) > 8
+    for line in lines:
+        links = re.findall(r"\((experiments/results/\w+/table\.md)\)", line)
+        values = "\n".join((ROOT / link).read_text() for link in links)
+        rows = [ROOT / link for link in re.findall(r"\((experiments/results/\w+/\w+\.jsonl)\)", line)]
+        for interval in re.findall(r"\d\.\d+ ± \d\.\d+", line):
+            assert interval in values or rows, f"{interval} is in none of {links}"
