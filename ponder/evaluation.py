@@ -258,11 +258,14 @@ def summarise(sums: Any, config: Config, length: int) -> Row:
             {
                 "difficulty": int(d),
                 "examples": int(sums.examples[d]),
-                "accuracy": float(sums.right[d] / max(sums.examples[d], 1.0)),
-                "loss": float(sums.loss[d] / max(sums.targets[d], 1.0)),
-                "steps": float(sums.steps[d] / max(sums.targets[d], 1.0)),
+                # A question has the label of its hardest target: of easier ones there may be targets alone.
+                "accuracy": float(
+                    sums.right[d] / sums.examples[d] if sums.examples[d] else sums.targets_right[d] / sums.targets[d]
+                ),
+                "loss": float(sums.loss[d] / sums.targets[d]),
+                "steps": float(sums.steps[d] / sums.targets[d]),
             }
-            for d in np.flatnonzero(sums.examples)
+            for d in np.flatnonzero(sums.targets)
         ],
     }
     if sums.stops is not None:

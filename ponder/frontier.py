@@ -91,19 +91,20 @@ def outcome(walked: Walked, stops: Stops) -> Point:
 
 
 def by_difficulty(walked: Walked, stops: Stops) -> list[dict[str, Any]]:
-    """Questions, accuracy, and loss and steps over lanes, for each label. A question's label is its largest."""
+    """Questions, accuracy, and loss and steps over lanes, for each label. A question's label is its largest; of a label
+    that no question has, the accuracy is the share of lanes that are right."""
     target = walked.target
     question, label = walked.question[target], walked.difficulty[target]
     of_question = np.zeros(walked.question.max() + 1, int)
     np.maximum.at(of_question, question, label)
     of_question = of_question[np.bincount(question, minlength=len(of_question)) > 0]
-    right = questions_right(walked, stops)
+    right, parts = questions_right(walked, stops), walked.at(walked.correct, stops)[target]
     loss, steps = walked.at(walked.loss, stops)[target], stops[target]
     return [
         {
             "difficulty": int(each),
             "examples": int((of_question == each).sum()),
-            "accuracy": float(right[of_question == each].mean()) if (of_question == each).any() else 0.0,
+            "accuracy": float((right[of_question == each] if each in of_question else parts[label == each]).mean()),
             "loss": float(loss[label == each].mean()),
             "steps": float(steps[label == each].mean()),
         }

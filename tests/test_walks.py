@@ -180,6 +180,12 @@ def test_outcome_and_oracle_by_hand() -> None:
     assert one.upto(2).steps == 2 and one.upto(2).correct.tolist() == one.correct[:2].tolist()
 
 
+def test_a_label_that_no_question_has_is_told_of_its_lanes() -> None:
+    one = walked([[1, 0, 1]], [0, 0, 1], difficulty=[0, 1, 1])
+    found = frontier.by_difficulty(one, frontier.fixed(one, 1))
+    assert [(row["difficulty"], row["examples"], row["accuracy"]) for row in found] == [(0, 0, 1.0), (1, 2, 0.5)]
+
+
 def test_lanes_whose_keys_are_needed_think_with_the_oracle() -> None:
     one = walked([[0, 1, 0, 0], [1, 0, 0, 1], [1, 1, 0, 1]], [0, 0, 1, 2], target=[True, False, True, False])
     recorded = walks.Recorded(one, tiny.CONFIG, lanes=4, padding=0, keys=1.0, length=4, approximate=False)
