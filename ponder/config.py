@@ -45,7 +45,8 @@ class Optim:
     ema_decay: float | None = None
     """Evaluate an exponential moving average of the parameters. None: the parameters themselves."""
     accumulate: int = 1
-    """Micro-batches a step: the batch is cut in this many parts and their gradients averaged."""
+    """Micro-batches a step: the batch is cut in this many parts and the gradients of their shares added. Not for
+    `Classifier`, whose lesson is balanced over the whole batch."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,11 @@ def validate(config: Config) -> None:
         (
             optim.accumulate < 1 or training.batch_size % optim.accumulate == 0,
             f"training.batch_size {training.batch_size} is not divisible by optim.accumulate {optim.accumulate}",
+        ),
+        (
+            optim.accumulate == 1 or not getattr(config.rule, "whole_batch", False),
+            f"optim.accumulate is {optim.accumulate}, but {type(config.rule).__name__} weighs steps by counts of the "
+            "whole batch, which no part of it knows: use 1",
         ),
         (optim.lr > 0, f"optim.lr is {optim.lr}: above 0"),
         (optim.warmup_steps >= 0, f"optim.warmup_steps is {optim.warmup_steps}: at least 0"),

@@ -94,9 +94,10 @@ def make_train_step(
 def make_loss(graphdef: Any, config: Config) -> Callable[..., tuple[jax.Array, tuple[Metrics, State]]]:
     """`(params, batch, whole, key, step, before, start) -> (loss, (metrics, state at the stop))`.
 
-    The loss is the share of the batch `whole` that its part `batch` brings; the shares add up, gradients too. `step` is
-    that of the optimizer, for a rule that changes over the training; `before` and `start` as in `ponder_loss`, with one
-    thinking step from a `start`.
+    The loss is the share of the batch `whole` that its part `batch` brings; the shares add up, gradients too (a rule of
+    which they do not, `Supervised.whole_batch`, is refused parts by `ponder.config.validate`). `step` is that of the
+    optimizer, for a rule that changes over the training; `before` and `start` as in `ponder_loss`, with one thinking
+    step from a `start`.
     """
     model, training = config.model, config.training
     # Steps that the rule sees, where there are others before.

@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import tiny
 from flax import nnx
 from tiny import as_users_run  # noqa: F401
 
 from ponder import sharding
+from ponder.config import validate
 from ponder.data.batch import Batch
+from ponder.errors import UserError
 from ponder.halting.act import Act
+from ponder.halting.classifier import Classifier
 from ponder.halting.correctness import Correctness
 from ponder.halting.gate import Gate
 from ponder.objectives.ponder import ponder_loss
@@ -50,6 +54,13 @@ def test_the_loss_of_a_step_is_the_one_that_is_documented() -> None:
     loss, _ = jax.jit(lambda: ponder_loss(model, Correctness(), batch, jax.random.key(0), freeze=False))()
     _, measured = run.train_step(state, batch)
     np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
+
+
+def test_a_lesson_that_is_balanced_over_the_batch_is_not_trained_in_parts() -> None:
+    """How many steps of either kind the whole batch has is known only after all its parts have run."""
+    with pytest.raises(UserError, match=r"accumulate is 4, but Classifier weighs .* which no part of it knows: use 1$"):
+        validate(tiny.config(rule=Classifier(), optim__accumulate=4))
+    validate(tiny.config(rule=Classifier()))
 
 
 def test_a_step_teaches_the_heads_what_the_rule_says() -> None:

@@ -22,8 +22,8 @@ class Classifier(Supervised):
     """Schuster et al. 2022, arXiv 2207.07061, sections 3.3 to 3.5.
 
     The halting head reads the state as a probe, so that its training moves nothing else, and is taught whether the most
-    likely class at step k < K is that of step K. Both kinds of steps weigh alike, however rare one of them is. A lane
-    stops where the head's probability reaches the threshold.
+    likely class at step k < K is that of step K. Both kinds of steps weigh alike, however rare one of them is in the
+    batch. A lane stops where the head's probability reaches the threshold.
     """
 
     weight: float = 1.0
@@ -36,6 +36,7 @@ class Classifier(Supervised):
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
     known_exits: ClassVar[tuple[str, ...]] = ("threshold", "last")
     reach: ClassVar[Reach] = "path"
+    whole_batch: ClassVar[bool] = True
     sweepable: ClassVar[frozenset[str]] = frozenset({"weight"})
 
     def __post_init__(self) -> None:

@@ -46,6 +46,8 @@ class Supervised:
     known_exits: ClassVar[tuple[str, ...]] = ("last",)
     reach: ClassVar[Reach] = "step"
     """Unless it is the whole path, a step can be an optimizer update of its own."""
+    whole_batch: ClassVar[bool] = False
+    """Whether what a lane teaches depends on the other lanes: the shares of a batch's parts then do not add up."""
 
     def __post_init__(self) -> None:
         if self.exit not in self.known_exits:
