@@ -162,7 +162,7 @@ def test_pieces_of_a_path_that_look_ahead_teach_what_the_whole_does() -> None:
             taught.append(rule.lesson(Path(*own, whole.counts, left=K - 1 - k, ahead=Seen(halt[after], go[after]))))
         return jnp.concatenate(taught)
 
-    whole = path()
+    whole = single_path(case())
     ahead = (jnp.asarray(LOGITS, jnp.float32), jnp.asarray(GO, jnp.float32))
     np.testing.assert_allclose(pieces(*ahead), rule.lesson(whole), rtol=1e-6)
     for leaf in jax.grad(lambda *ahead: pieces(*ahead).sum(), (0, 1))(*ahead):
