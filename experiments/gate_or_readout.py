@@ -65,12 +65,17 @@ def of_arm(arm: str, seed: int, task: str, smoke: bool) -> Config:
     rule = Fixed() if fixed else tuned.get(arm) or named(arm)
     steps = int(arm.removeprefix("fixed")) if fixed else STEPS[task]
     base = {"parity": parity, "chains": chains, "hop": hop}[task](smoke)
+    evaluation = base.evaluation
+    if reads:
+        evaluation = dataclasses.replace(evaluation, **reading(STEPS[task]))
+    if rule.mixes == "states":  # a mean of them is no step's answer: there is no walk
+        evaluation = dataclasses.replace(evaluation, depths=())
     return dataclasses.replace(
         base,
         name=f"{task}-{arm}",
         model=dataclasses.replace(base.model, steps=steps, **heads(rule.needs)),
         rule=rule,
-        evaluation=dataclasses.replace(base.evaluation, **reading(STEPS[task])) if reads else base.evaluation,
+        evaluation=evaluation,
         seed=seed,
     )
 

@@ -283,15 +283,7 @@ def validate(config: Config) -> None:
             f"evaluation.rows is {config.evaluation.rows}: at least 1, or None for all",
         ),
         (0 < config.evaluation.risk < 1, f"evaluation.risk is {config.evaluation.risk}: between 0 and 1"),
-        (
-            not (config.evaluation.readouts and meets_stopped(model)),
-            "evaluation.readouts need tokens that do not see each other's steps (model.kv=first and no coda) or stop "
-            "together (model.halts=example): what a walk foretells, and its risk, is else not what happens",
-        ),
-        (
-            config.evaluation.walk or not (config.evaluation.readouts or config.evaluation.depths),
-            "evaluation.walk is False: without it there are no evaluation.readouts and evaluation.depths",
-        ),
+        *_of_walk(config),
         (config.checkpoint.keep_last >= 1, f"checkpoint.keep_last is {config.checkpoint.keep_last}: at least 1"),
         (
             not (config.task.predicts_next and isinstance(model, TokenModel)) or model.causal,
@@ -379,6 +371,39 @@ def check_depth(model: ModelConfig, steps: int) -> None:
         )
     if isinstance(model, RoutedTransformer) and steps != model.steps:
         raise UserError(f"{type(model).__name__} is routed for {model.steps} steps, and cannot run {steps}")
+
+
+def can_walk(config: Config) -> bool:
+    """Whether a walk says what exits would have done: not of ACT, which answers with a mean of states, nor of routed
+    models, whose tokens stop by themselves; and not yet of tasks in bits, whose rows are no questions that are right or
+    wrong."""
+    routed = isinstance(config.model, RoutedTransformer)
+    return config.rule.mixes != "states" and not routed and config.task.unit != "bits"
+
+
+def no_walk(config: Config, asked: str) -> str:
+    """Says why what was `asked` for is refused where there is no walk (`can_walk`)."""
+    return (
+        f"{asked} need a walk, and {type(config.rule).__name__} on {type(config.task).__name__} has none: rules that "
+        "mix states answer with no single step, routed models stop tokens by themselves, and tasks in bits have no "
+        "questions that are right or wrong"
+    )
+
+
+def _of_walk(config: Config) -> Iterator[tuple[bool, str]]:
+    asked = config.evaluation
+    names = " and ".join(f"evaluation.{name}" for name in ("readouts", "depths") if getattr(asked, name))
+    if not names:
+        return
+    yield asked.walk, "evaluation.walk is False: without it there are no evaluation.readouts and evaluation.depths"
+    yield can_walk(config), no_walk(config, names)
+    told = {"test", "validation"} & {*asked.splits} & {*config.task.splits}
+    yield bool(told), f"{names} are of test or validation: name one of them in evaluation.splits"
+    yield (
+        not (asked.readouts and meets_stopped(config.model)),
+        "evaluation.readouts need tokens that do not see each other's steps (model.kv=first and no coda) or stop "
+        "together (model.halts=example): what a walk foretells, and its risk, is else not what happens",
+    )
 
 
 def _of_depth(config: Config) -> Iterator[tuple[bool, str]]:

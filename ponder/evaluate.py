@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ponder import cli, records, sweep
-from ponder.config import Config, Mesh, check_depth
+from ponder.config import Config, Mesh, can_walk, check_depth, no_walk
 from ponder.errors import UserError
 from ponder.halting.readout import Readout
 from ponder.models.config import ModelConfig, meets_stopped
@@ -118,13 +118,9 @@ def evaluate(
                 cache_dir=cache_dir,
             )
     config = replace(sweep.members(records.read_config(workdir))[0], mesh=Mesh(data=1))
-    walked = walks.can_walk(config)
+    walked = can_walk(config)
     if not walked and (risk is not None or within is not None):
-        raise UserError(
-            f"--risk and --within need a walk, and {type(config.rule).__name__} on {type(config.task).__name__} has "
-            "none: rules that mix states answer with no single step, routed models stop tokens by themselves, and "
-            "tasks in bits have no questions that are right or wrong"
-        )
+        raise UserError(no_walk(config, "--risk and --within"))
     if resplits < 0 or (resplits and risk is None):
         raise UserError(f"--resplits is {resplits}: at least 0, and with --risk, whose promise it tries")
     if resplits and split in ("validation", "calibration"):

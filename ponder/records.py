@@ -24,7 +24,7 @@ from etils import epath, epy
 
 import ponder
 from ponder import sweep
-from ponder.config import MAY_CHANGE, Config
+from ponder.config import MAY_CHANGE, Config, can_walk
 from ponder.errors import UserError
 from ponder.serialization import from_json, to_json
 
@@ -43,6 +43,8 @@ _LOOKS = (
 )
 # Fields of the configuration that cannot change a number.
 _LOOK_FIELDS = ("logging", "name", "checkpoint.every_steps", "checkpoint.keep_last")
+# Nor can these of a run that has no walk: there they are refused now, and older runs were asked for them in vain.
+_WALK_FIELDS = ("evaluation.walk", "evaluation.depths", "evaluation.readouts", "evaluation.risk")
 
 
 # --- the workdir ------------------------------------------------------------------------------------------------------
@@ -327,7 +329,8 @@ def run_key(config: Config) -> str:
 
 def settings_key(config: Config) -> str:
     """Names a run by its configuration alone, whatever the code."""
-    settings = sorted((name, value) for name, value in _flat(to_json(config)) if not _under(_own(name), _LOOK_FIELDS))
+    looks = _LOOK_FIELDS if can_walk(config) else (*_LOOK_FIELDS, *_WALK_FIELDS)
+    settings = sorted((name, value) for name, value in _flat(to_json(config)) if not _under(_own(name), looks))
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 

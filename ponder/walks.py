@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from ponder import compute, frontier, risk, sharding
-from ponder.config import Config, check_depth
+from ponder.config import Config, can_walk, check_depth
 from ponder.data.batch import Batch
 from ponder.evaluation import HeldOut, keys_seen
 from ponder.frontier import Stops, Walked
@@ -20,7 +20,7 @@ from ponder.halting.classifier import Classifier
 from ponder.halting.correctness import Correctness
 from ponder.halting.fixed import Fixed
 from ponder.halting.readout import Readout
-from ponder.models.config import RoutedTransformer, meets_stopped
+from ponder.models.config import meets_stopped
 from ponder.objectives.ponder import lane_mask, thinking_lanes
 from ponder.objectives.walk import walk
 from ponder.program import Program
@@ -141,14 +141,6 @@ def _identities(task: Task, batch: Batch, question: np.ndarray) -> dict[int, byt
             its = lanes == name
             found[name] = task.identity(inputs[row][its], targets[row][its], weights[row][its])
     return found
-
-
-def can_walk(config: Config) -> bool:
-    """Whether a walk says what exits would have done: not of ACT, which answers with a mean of states, nor of routed
-    models, whose tokens stop by themselves; and not yet of tasks in bits, whose rows are no questions that are right or
-    wrong."""
-    routed = isinstance(config.model, RoutedTransformer)
-    return config.rule.mixes != "states" and not routed and config.task.unit != "bits"
 
 
 def rows(recorded: Recorded, depths: tuple[int, ...] = (), points: int = 17) -> list[Row]:

@@ -101,6 +101,11 @@ def train_well(monkeypatch, config: str = "x.py") -> None:
     assert exit.value.code == 0
 
 
+def test_exits_of_a_mean_of_states(mistake) -> None:
+    words = ["--config.evaluation.walk=True", "--config.evaluation.depths=8"]
+    assert "evaluation.depths need a walk, and Act on Addition has none" in mistake(*words, config="x.py:arm=act")
+
+
 def test_arm_and_keyword(mistake) -> None:
     assert "pondernet" in mistake(config="x.py:arm=pondernett")
     assert "seed" in mistake(config="x.py:sed=1")

@@ -14,16 +14,19 @@ from scipy import stats
 from tiny import as_users_run  # noqa: F401
 
 import ponder
-from ponder import evaluation, frontier, program, sharding, walks
-from ponder.config import check_depth
+from ponder import evaluation, frontier, program, records, sharding, walks
+from ponder.config import can_walk, check_depth, validate
 from ponder.errors import UserError
 from ponder.frontier import Walked
+from ponder.halting.act import Act
 from ponder.halting.classifier import Classifier
 from ponder.halting.correctness import Correctness
 from ponder.halting.fixed import Fixed
 from ponder.halting.gate import Gate
 from ponder.halting.pondernet import PonderNet
 from ponder.halting.readout import Readout
+from ponder.models.config import MixtureOfDepths
+from ponder.tasks.text import Text
 
 EXITS = [
     Readout(measure="margin", threshold=0.85),
@@ -148,6 +151,31 @@ def test_more_steps_than_there_are_parameters_for(trained: Any) -> None:
     with pytest.raises(UserError, match="0 thinking steps"):
         check_depth(config.model, 0)
     check_depth(config.model, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rule": Act(), "evaluation__readouts": ("margin",)}, "evaluation.readouts need a walk, and Act on Addition"),
+        ({"rule": Act(), "evaluation__depths": (1, 8)}, "evaluation.depths need a walk, and Act on Addition has none"),
+        (
+            {"model": MixtureOfDepths(), "rule": Fixed(), "evaluation__depths": (8,)},
+            "routed models stop tokens by them",
+        ),
+        ({"task": Text(), "evaluation__depths": (8,)}, "evaluation.depths need a walk, and PonderNet on Text has none"),
+        ({"evaluation__depths": (8,), "evaluation__splits": ("extrapolation",)}, "are of test or validation: name one"),
+        ({"evaluation__depths": (8,), "evaluation__walk": False}, "evaluation.walk is False"),
+    ],
+)
+def test_what_no_walk_can_tell_is_refused(changes: dict[str, Any], says: str) -> None:
+    made = tiny.config(**{"evaluation__walk": True, **changes})
+    with pytest.raises(UserError, match=says) as caught:
+        validate(made)
+    assert "\n" not in str(caught.value)
+    plain = dataclasses.replace(made.evaluation, readouts=(), depths=())
+    validate(dataclasses.replace(made, evaluation=plain))
+    asked_in_vain = records.settings_key(made) == records.settings_key(dataclasses.replace(made, evaluation=plain))
+    assert asked_in_vain == (not can_walk(made))  # older runs that were are the same runs
 
 
 def walked(correct: Any, question: Any, difficulty: Any = None, target: Any = None, **more: Any) -> Walked:
