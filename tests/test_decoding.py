@@ -353,6 +353,23 @@ def test_planned_steps_are_taken_and_the_ticks_are_the_mean_not_the_largest() ->
     assert int(ticks[0]) > 1.6 * int(spent[0])
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda plan: plan.at[1, 2].set(5), r"lanes of 1 to 5 steps: a lane takes 1 to 4"),
+        (lambda plan: plan.at[0, 0].set(0), r"lanes of 0 to 1 steps: a lane takes 1 to 4"),
+        (lambda plan: plan[:, 1:], r"the plan is \[7, 13\]: it must be \[7, 14\]"),
+    ],
+)
+def test_a_plan_beyond_the_steps_of_the_model_is_refused(change: Any, says: str) -> None:
+    """It would be cut off to what there is."""
+    rows, plan = asked_of(), jnp.ones((7, LENGTH), jnp.int32)
+    run = program(built(), PonderNet(), length=LENGTH, new=6)
+    with pytest.raises(UserError, match=says) as found:
+        run(None, rows, jax.random.key(0), change(plan))
+    assert "\n" not in str(found.value)
+
+
 @pytest.mark.usefixtures("optimised")
 def test_no_cache_is_copied_within_the_loop() -> None:
     """A whole-cache copy a tick is what makes such an engine slow."""

@@ -7,10 +7,11 @@ others of the same distribution.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any, Literal, get_args
 
 import jax
+import numpy as np
 from flax import nnx
 
 from ponder.engine.control import Control, Free
@@ -29,7 +30,34 @@ from ponder.protocols import Rule
 
 Executor = Literal["refill", "sync", "masked", "speculative"]
 FREE, GREEDY, DRAFT = Free(), Sampling(), Draft()
-Program = Callable[..., tuple[Rollout, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What `program` gives: its jitted function, whose plan is looked at before it is traced."""
+
+    jitted: Any
+    length: int
+    steps: int
+    """K."""
+
+    def __call__(
+        self, parameters: Any, requests: Requests, key: jax.Array, plan: jax.Array | None = None
+    ) -> tuple[Rollout, jax.Array]:
+        """Raises UserError where the plan is of another shape, or has a lane take no step or more than K."""
+        if plan is not None:
+            shape = (len(requests.lengths), self.length)
+            if plan.shape != shape:
+                raise UserError(f"the plan is {list(plan.shape)}: it must be {list(shape)}, requests and positions")
+            if not isinstance(plan, jax.core.Tracer):
+                least, most = int(np.min(plan)), int(np.max(plan))
+                if least < 1 or most > self.steps:
+                    raise UserError(f"the plan has lanes of {least} to {most} steps: a lane takes 1 to {self.steps}")
+        return self.jitted(parameters, requests, key, plan)
+
+    def lower(self, *arguments: Any) -> Any:
+        """To compile it without a run."""
+        return self.jitted.lower(*arguments)
 
 
 def program(
@@ -50,8 +78,8 @@ def program(
 ) -> Program:
     """A jitted function of (parameters, requests, key) to a rollout and [ticks, exit rows, prefills].
 
-    It takes a fourth argument, `plan` [R, length] int32: the steps of every lane of every request, in place of what the
-    rule decides. That replays recorded depths, and makes up exits to measure speed with.
+    It takes a fourth argument, `plan` [R, length] int32: the steps of every lane of every request, 1 to K, in place of
+    what the rule decides. That replays recorded depths, and makes up exits to measure speed with.
 
     Args:
       model: its structure; parameters come with the call, as `nnx.split(model, nnx.Param)` has them.
@@ -107,7 +135,7 @@ def program(
         loop = loops[executor]()
         return loop.out, jax.numpy.stack([loop.ticks, loop.exit_rows, loop.prefills])
 
-    return run
+    return Program(run, length, model.config.steps)
 
 
 def generate(
