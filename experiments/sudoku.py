@@ -81,7 +81,9 @@ def of_arm(arm: str, seed: int, size: int, source: Source, smoke: bool) -> Confi
         rule=rules.get(arm, Correctness()),
         optim=Optim(lr=3e-3, warmup_steps=warmup, weight_decay=0.1, b2=0.95, ema_decay=average),
         training=Training(batch_size=64, steps=20 if smoke else 200, updates="step" if by_step else "batch"),
-        evaluation=Evaluation(every_steps=10 if smoke else 50, rows=500, batch_size=250, depths=(2 * steps,)),
+        evaluation=Evaluation(
+            every_steps=10 if smoke else 50, rows=500, batch_size=200 if smoke else 250, depths=(2 * steps,)
+        ),
         checkpoint=Checkpointing(every_steps=10 if smoke else 100),
         logging=Logging(every_steps=5 if smoke else 20),
         seed=seed,
