@@ -46,11 +46,11 @@ def make_train_step(
         def update(carry: tuple[TrainState, State], k: jax.Array) -> tuple[tuple[TrainState, State], Metrics]:
             trained, thought = carry
             # The thought comes from outside what is differentiated, so it carries no gradient.
-            gradients, (metrics, thought) = gradient(
+            gradients, (metrics, outcome) = gradient(
                 trained.params, batch, batch, jax.random.fold_in(key, k), trained.step, start=Midway(thought, k)
             )
             metrics |= {"gradient_norm": optax.tree.norm(gradients)}
-            return (updated(trained, gradients, optimizer, config), thought), metrics
+            return (updated(trained, gradients, optimizer, config), outcome.state), metrics
 
         first = begin(state.params, batch, jax.random.fold_in(key, steps))
         (trained, _), metrics = jax.lax.scan(update, (state, first), jnp.arange(steps, dtype=jnp.int32))
@@ -61,5 +61,5 @@ def make_train_step(
 
 
 def updates_per_batch(config: Config) -> int:
-    """How often the optimizer moves on one batch: what schedules count."""
-    return config.model.steps if config.training.updates == "step" else 1
+    """How often the optimizer moves on one batch, at most: what a batch counts in a schedule."""
+    return 1 if config.training.updates == "batch" else config.model.steps

@@ -45,7 +45,7 @@ class Path(NamedTuple):
     correct: Bool[jax.Array, "K *n"]  # the answer at this step is the target
     agrees: Bool[jax.Array, "K *n"]  # it is the last step's answer
     counts: Float[jax.Array, "*n"]  # 1 on lanes with a target, else 0
-    left: int | Int[jax.Array, ""] = 0  # steps that come after these, where they are a piece of a path
+    left: int | Int[jax.Array, "*#n"] = 0  # steps that come after these, where they are a piece of a path
     ahead: Seen | None = None  # what the first of those showed, without gradient, to a rule whose reach is "next"
 
 
@@ -136,7 +136,8 @@ class Trajectory(Protocol):
     ) -> tuple[State, Any]:
         """One application of the core. Where `running` is given, lanes outside it show the keys of their last step.
 
-        `k` is a Python int where steps are written out, a traced int32 scalar where they are scanned over.
+        `k` is a Python int where steps are written out, a traced int32 scalar where they are scanned over, and int32 of
+        the lanes' shape where these stand at different steps (`ponder.refilling`; not of untied or routed cores).
         """
 
     def see(self, state: State, context: Any, needs: frozenset[str]) -> Seen:

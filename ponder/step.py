@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int
 from ponder.config import Config
 from ponder.data.batch import Batch
 from ponder.engine import depth
-from ponder.objectives.ponder import Midway, mean_over, ponder_loss, thinking_lanes
+from ponder.objectives.ponder import Midway, Outcome, mean_over, ponder_loss, thinking_lanes
 from ponder.optim import heads_alone
-from ponder.protocols import Scheduled, State, Taught
+from ponder.protocols import Scheduled, Taught
 
 Parameters = Any  # nested dict of arrays
 Metrics = dict[str, Float[Array, ""]]
@@ -29,6 +29,7 @@ class TrainState(NamedTuple):
     params: Parameters
     optimizer: optax.OptState
     average: Parameters | None  # exponential moving average of params, or None
+    slots: Any = None  # `ponder.refilling.Slots`: rows in thought, where training hands them from step to step
 
 
 def initial_state(
@@ -91,8 +92,8 @@ def make_train_step(
     return train_step
 
 
-def make_loss(graphdef: Any, config: Config) -> Callable[..., tuple[jax.Array, tuple[Metrics, State]]]:
-    """`(params, batch, whole, key, step, before, start) -> (loss, (metrics, state at the stop))`.
+def make_loss(graphdef: Any, config: Config) -> Callable[..., tuple[jax.Array, tuple[Metrics, Outcome]]]:
+    """`(params, batch, whole, key, step, before, start) -> (loss, (metrics, outcome))`.
 
     The loss is the share of the batch `whole` that its part `batch` brings; the shares add up, gradients too (a rule of
     which they do not, `Supervised.whole_batch`, is refused parts by `ponder.config.validate`). `step` is that of the
@@ -111,7 +112,7 @@ def make_loss(graphdef: Any, config: Config) -> Callable[..., tuple[jax.Array, t
         step: Int[Array, ""],
         before: jax.Array | None = None,
         start: Midway | None = None,
-    ) -> tuple[jax.Array, tuple[Metrics, State]]:
+    ) -> tuple[jax.Array, tuple[Metrics, Outcome]]:
         rule = config.rule.at(step) if isinstance(config.rule, Scheduled) else config.rule
         trajectory = nnx.merge(graphdef, heads_alone(params) if config.heads_only else params)
         _, outcome = ponder_loss(
@@ -148,7 +149,7 @@ def make_loss(graphdef: Any, config: Config) -> Callable[..., tuple[jax.Array, t
             told["steps"] = steps + mean_over(iterations, targets) * of_targets
             for name, values in (("iterations", iterations), ("residual", residual), ("unsettled", unsettled)):
                 told[name] = mean_over(values, lanes) * of_lanes
-        return total, (told, outcome.state)
+        return total, (told, outcome)
 
     return loss
 
@@ -162,7 +163,7 @@ def updated(
     average = state.average
     if average is not None:
         average = optax.incremental_update(params, average, 1.0 - (config.optim.ema_decay or 0.0))
-    return TrainState(state.step + 1, params, moments, average)
+    return state._replace(step=state.step + 1, params=params, optimizer=moments, average=average)
 
 
 def split(batch: Batch, parts: int) -> Batch:

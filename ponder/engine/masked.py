@@ -178,8 +178,8 @@ def advance(
         _inside_a_step.reset(token)
     if layer_dropout:
         skip = skips(layer_dropout, k, steps, lanes, jax.random.fold_in(step_key, 1))
-        moved = _select(skip, loop.state, moved)
-    state = _select(running, moved, loop.state) if freeze else moved
+        moved = select(skip, loop.state, moved)
+    state = select(running, moved, loop.state) if freeze else moved
     seen = trajectory.see(state, context, rule.needs)
     if together is not None:
         seen = groups.pooled(seen, together)
@@ -199,7 +199,7 @@ def advance(
             lambda total, leaf: total + _spread(weight, leaf) * leaf.astype(jnp.float32), loop.result, state
         )
     else:
-        result = _select(stop, state, loop.result)
+        result = select(stop, state, loop.result)
     observed = None if observe is None else observe(Moment(state, context, k, seen, carry, halt))
     after = Loop(
         state, context, carry, running & ~stop, result, loop.cost + cost, loop.steps + running.astype(jnp.int32)
@@ -212,6 +212,6 @@ def _spread(lane: jax.Array, leaf: jax.Array) -> jax.Array:
     return lane.reshape(lane.shape + (1,) * (leaf.ndim - lane.ndim))
 
 
-def _select(lanes: Bool[jax.Array, "*n"], then: State, otherwise: State) -> State:
+def select(lanes: Bool[jax.Array, "*n"], then: State, otherwise: State) -> State:
     """Leaf by leaf, `then` on the given lanes and `otherwise` on the others."""
     return jax.tree.map(lambda a, b: jnp.where(_spread(lanes, a), a, b), then, otherwise)

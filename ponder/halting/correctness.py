@@ -95,14 +95,14 @@ class Correctness(Supervised):
         cost = optax.losses.sigmoid_binary_cross_entropy(path.halt, path.correct.astype(jnp.float32))
         if self.continue_target:
             assert path.go is not None
-            left = path.left + jnp.arange(len(cost), dtype=jnp.int32)[::-1]  # steps that come after each
-            left = left.reshape(-1, *(1,) * (cost.ndim - 1))
+            left = jnp.arange(len(cost), dtype=jnp.int32)[::-1].reshape(-1, *(1,) * (cost.ndim - 1))
+            left = left + jnp.broadcast_to(jnp.asarray(path.left, jnp.int32), cost.shape[1:])[None]  # that come after
             later = optax.losses.sigmoid_binary_cross_entropy(path.go, jax.nn.sigmoid(_worth_of_next(path, left)))
             cost = cost + jnp.where(left > 0, later, 0.0)  # at the last one there is no going on
         return self.weight * cost
 
 
-def _worth_of_next(path: Path, left: Int[jax.Array, "K *#n"]) -> Float[jax.Array, "K *n"]:
+def _worth_of_next(path: Path, left: Int[jax.Array, "K *n"]) -> Float[jax.Array, "K *n"]:
     """Logit of what the step after each is worth, without gradient. It means nothing where no step is `left`."""
     assert path.halt is not None and path.go is not None
     ahead = Seen(path.halt[-1], path.go[-1]) if path.ahead is None else path.ahead

@@ -70,8 +70,8 @@ class Recurrent(nnx.Module):
         running: Bool[Array, "B"] | None,
         key: jax.Array,
     ) -> tuple[Float[Array, "B D"], None]:
-        """The cell on all lanes, with the flag up where `k` (an int or a traced scalar, from 1) is 1."""
-        first = jnp.asarray(k == 1, x.dtype)
+        """The cell on all lanes, with the flag up where `k` (an int, a traced scalar, or [B]; from 1) is 1."""
+        first = jnp.broadcast_to(jnp.asarray(k == 1, x.dtype).reshape(-1, 1), x.shape)
         fed = x + first * layers.over_last(self.flag[...], x)
         fed_back = constrain_lanes(layers.linear(state, self.recurrent[...]))
         if self.candidate_bias is None:

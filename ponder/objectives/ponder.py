@@ -14,7 +14,7 @@ from ponder.engine import depth
 from ponder.engine import together as groups
 from ponder.engine.anderson import Solved
 from ponder.engine.fixed_point import settle
-from ponder.engine.masked import Moment, masked
+from ponder.engine.masked import Moment, masked, select
 from ponder.objectives.language import correct, cross_entropy
 from ponder.protocols import Path, Ran, Routed, Routing, Rule, Seen, State, Taught, Trajectory, reach
 
@@ -33,13 +33,15 @@ class Outcome(NamedTuple):
     state: State  # at the stop; lanes that do not think have not moved
     routed: Routed | None = None  # what came of the choice, where the trajectory is one of `protocols.Routing`
     solved: Solved | None = None  # the fixed point from which the steps went on, where one was solved for
+    seen: Seen = Seen()  # what the last step showed of the heads that the rule needs, where it mixes losses
 
 
 class Midway(NamedTuple):
     """A thought that is taken up again."""
 
     state: State
-    steps: int | Int[jax.Array, ""]  # that it has been through
+    steps: int | Int[jax.Array, "*#n"]  # that it has been through, a number for all or one for each lane
+    fresh: Bool[jax.Array, "B"] | None = None  # rows that begin now, without gradient, whatever the state says
 
 
 def lane_mask(batch: Batch) -> Bool[jax.Array, "*n"]:
@@ -143,6 +145,7 @@ def ponder_loss(
             lesson=lesson,
             state=ran.state,
             solved=ran.solved,
+            seen=Seen(*(None if head is None else head[-1] for head in heads)),
         )
     loss = mean_over(outcome.task_loss + outcome.lesson, batch.weights)
     loss = loss + rule.cost_weight * mean_over(outcome.cost, outcome.thinks)
@@ -187,7 +190,9 @@ def run(
     state, x, context = trajectory.begin(trajectory.embed(batch.inputs), context, begin_key)
     mask, together = thinking_lanes(trajectory, batch), halting_groups(trajectory, batch)
     if start is not None:
-        state, options["before"] = start
+        if start.fresh is not None:
+            start = start._replace(state=select(start.fresh, jax.lax.stop_gradient(state), start.state))
+        state, options["before"] = start.state, start.steps
     if before is not None:
         think_key, before_key = jax.random.split(think_key)
         still = jax.lax.stop_gradient(trajectory)
@@ -213,7 +218,7 @@ def _ahead(
     rule: Rule,
     x: jax.Array,
     ran: Ran,
-    k: int | Int[jax.Array, ""],
+    k: int | Int[jax.Array, "*#n"],
     together: Bool[jax.Array, "B T T"] | None,
     key: jax.Array,
 ) -> Seen:
