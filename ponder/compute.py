@@ -266,10 +266,11 @@ def weighted_move(size: Number) -> Cost:
 def training_cost(config: Config) -> Cost:
     """Spent FLOPs a lane and optimizer step: K steps of training, every lane running on.
 
-    Of a fixed point it is an upper bound: `most` iterations, though fewer may do. What they came to is in the metrics,
-    and known only afterwards, when it is too late to match a budget. An arm is so given too little, never too much.
+    Of a fixed point it is an upper bound: `most` iterations, though fewer may do. So it is where a row that halts makes
+    room for the next: K updates a batch. What it came to is in the metrics, and known only afterwards, when it is too
+    late to match a budget. An arm is so given too little, never too much.
     """
-    if config.training.updates == "step":  # as many passes of one step, each from the embedding on
+    if config.training.updates != "batch":  # as many passes of one step, each from the embedding on
         once = dataclasses.replace(config, model=dataclasses.replace(config.model, steps=1))
         once = dataclasses.replace(once, training=dataclasses.replace(config.training, updates="batch"))
         each = training_cost(once)
@@ -353,6 +354,11 @@ def training_flops_per_step(config: Config) -> Number:
     """Spent FLOPs of one optimizer step on the whole batch, for one seed: forward, backward, recomputation if remat."""
     cost = training_cost(config)
     return lanes(config.task.shape, config.training.batch_size) * (cost.forward + cost.backward)
+
+
+def updates_flops(config: Config, updates: Number) -> Number:
+    """Spent FLOPs of so many optimizer updates, of one seed, where each thinking step is one of its own."""
+    return training_flops_per_step(config) / config.model.steps * updates
 
 
 def training_flops(config: Config) -> Number:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ponder import sweep
+from ponder import config_updates, sweep
 from ponder.errors import UserError
 from ponder.models.config import (
     ModelConfig,
@@ -19,10 +19,11 @@ from ponder.models.config import (
     TokenModel,
     Transformer,
     TwoState,
+    injects,
     layer_counts,
     meets_stopped,
 )
-from ponder.protocols import Measure, Rule, Taught, reach
+from ponder.protocols import Measure, Rule, Taught
 from ponder.tasks.task import SPLITS, Task
 
 
@@ -89,10 +90,14 @@ class Training:
     train equally long."""
     depth: Depth | None = None
     """Draw the number of steps of each batch. None: `model.steps`, always, which else are those of evaluation alone."""
-    updates: Literal["batch", "step"] = "batch"
+    updates: Literal["batch", "step", "refill"] = "batch"
     """Optimizer updates: one a batch, or one after every thinking step on the same batch, with the state handed on
     without gradient (the deep supervision of HRM and TRM). Schedules and averages then count updates. A rule that looks
-    a step ahead pays for it: one more forward step an update."""
+    a step ahead pays for it: one more forward step an update.
+
+    refill: as step, but a row that the rule stops, by its exit in training, makes room for the next one (see
+    `ponder.refilling`). A batch then has as many updates as its rows take steps, K at most. Averages count those made,
+    but schedules K a batch, as with step, and so does `flops`: a bound. What was spent is in results.json."""
     fixed_point: FixedPoint | None = None
     """Solve for the state at which nothing changes any more. At inference `Readout(measure="state_change")` is the same
     test, a lane at a time, within `model.steps`. None: no."""
@@ -253,7 +258,7 @@ def validate(config: Config) -> None:
         ),
         *_of_routing(config),
         *_of_depth(config),
-        *_of_updates(config),
+        *config_updates.checks(config),
         *_of_start(config),
         *_of_fixed_point(config),
         (
@@ -418,35 +423,12 @@ def _of_depth(config: Config) -> Iterator[tuple[bool, str]]:
     tied = not isinstance(config.model, Transformer) or config.model.tied
     yield tied, "model.tied is False: random depth needs a core that can run any number of times"
     yield (
-        _injects(config),
+        injects(config.model),
         "model.inject is False: under training.depth no gradient would come before the core",
     )
     taught = config.rule.needs & {"halt", "probe", "go"}
     yield not taught, f"training.depth is set, but {type(config.rule).__name__} has a head, which must see step 1 on"
     yield not config.training.freeze, "training.freeze and training.depth exclude each other: all lanes run r steps"
-
-
-def _injects(config: Config) -> bool:
-    """Whether every step is given the input: where states are handed on without gradient, its only way to learn."""
-    return not isinstance(config.model, Transformer) or config.model.inject
-
-
-def _of_updates(config: Config) -> Iterator[tuple[bool, str]]:
-    training, rule = config.training, config.rule
-    if training.updates == "batch":
-        return
-    yield (
-        reach(rule) != "path",
-        f"training.updates is step, but {type(rule).__name__} does not judge each step by itself: use Fixed, "
-        "Supervised, Readout or Correctness",
-    )
-    tied = not isinstance(config.model, Transformer) or config.model.tied
-    yield tied, "model.tied is False: training.updates=step needs a core that is the same at every step"
-    yield _injects(config), "model.inject is False: by training.updates=step no gradient would come before the core"
-    for name in ("depth", "fixed_point", "layer_dropout"):
-        yield not getattr(training, name), f"training.updates=step and training.{name} exclude each other: set one"
-    yield not training.freeze, "training.updates=step and training.freeze exclude each other: all lanes take all steps"
-    yield config.optim.accumulate == 1, "training.updates=step needs optim.accumulate=1: a step's state is of one batch"
 
 
 def _of_start(config: Config) -> Iterator[tuple[bool, str]]:
@@ -480,7 +462,7 @@ def _of_routing(config: Config) -> Iterator[tuple[bool, str]]:
     yield not config.training.freeze, f"training.freeze is on, but {name} is trained by choices that inference lacks"
     yield (
         config.training.updates == "batch",
-        f"training.updates is step, but {name} has a choice for each of its K steps",
+        f"training.updates is {config.training.updates}, but {name} has a choice for each of its K steps",
     )
     for part in ("depth", "fixed_point", "layer_dropout"):
         free = not getattr(config.training, part)
@@ -499,7 +481,7 @@ def _of_fixed_point(config: Config) -> Iterator[tuple[bool, str]]:
     yield method.backprop >= 1, f"{name}.backprop is {method.backprop}: at least 1"
     tied = not isinstance(model, Transformer) or model.tied
     yield tied, "model.tied is False: a fixed point is one of a single core, applied again and again"
-    yield _injects(config), "model.inject is False: where a core settles must depend on what it is given at every step"
+    yield injects(model), "model.inject is False: where a core settles must depend on what it is given at every step"
     taught = config.rule.needs & {"halt", "probe", "go"}
     yield not taught, f"{name} is set, but {type(config.rule).__name__} has a head, which must see step 1 on"
     yield not config.training.freeze, f"training.freeze and {name} exclude each other: all lanes run to the solution"

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import optax
+from jaxtyping import Int
 
 from ponder.config import Optim
 
@@ -55,15 +56,19 @@ def heads_alone(params: Any) -> Any:
     return jax.tree.map(lambda head, leaf: leaf if head else jax.lax.stop_gradient(leaf), head_mask(params), params)
 
 
-def make_optimizer(optim: Optim, total_steps: int, axes: Any, heads_only: bool = False) -> optax.GradientTransformation:
+def make_optimizer(
+    optim: Optim, total_steps: int, axes: Any, heads_only: bool = False, at: Int[jax.Array, ""] | None = None
+) -> optax.GradientTransformation:
     """The whole chain. `axes` gives the logical axis names of each parameter (`ponder.models.layers.logical_axes`).
 
     `heads_only`: the other parameters, whose gradient must be zero (`heads_alone`), have no moments and do not decay.
+    `at`: where in its schedule the learning rate stands. None: at the number of updates made.
     """
     if heads_only:
-        return optax.masked(make_optimizer(optim, total_steps, axes), head_mask(axes))
+        return optax.masked(make_optimizer(optim, total_steps, axes, at=at), head_mask(axes))
+    rate = schedule(optim, total_steps)
     adamw = optax.adamw(
-        schedule(optim, total_steps),
+        rate if at is None else lambda _: rate(at),
         b1=optim.b1,
         b2=optim.b2,
         eps=optim.eps,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from ponder import deep_supervision, evaluation, models, sharding, step, sweep
+from ponder import deep_supervision, evaluation, models, refilling, sharding, step, sweep
 from ponder.config import Config
 from ponder.data.batch import Batch
 from ponder.models.layers import logical_axes
@@ -73,13 +73,15 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
     per_batch = deep_supervision.updates_per_batch(config)
     updates = config.training.steps * per_batch
     optimizer = make_optimizer(config.optim, updates, axes, config.heads_only)
-    training = {"batch": step, "step": deep_supervision}[config.training.updates]
+    training = {"batch": step, "step": deep_supervision, "refill": refilling}[config.training.updates]
+    refills = config.training.updates == "refill"
 
     # Three streams of one key a member's seed: initial parameters, training steps, evaluation.
     init_key, train_key, evaluation_key = over_members(streams, count, (0,))(
         jnp.asarray([member.seed for member in members]) if several else config.seed
     )
-    init = over_members(initial_state(make_model, optimizer, config), count, (0,))
+    fresh = initial_state(make_model, optimizer, config)
+    init = over_members(refilling.with_slots(fresh, make_model, config) if refills else fresh, count, (0,))
     abstract = jax.eval_shape(init, init_key)
     of_params = sharding.shardings(abstract.params, axes, mesh, seeds=several)
     whole = sharding.replicated(mesh)
@@ -88,12 +90,15 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
         params=of_params,
         optimizer=sharding.optimizer_shardings(optimizer, abstract.optimizer, of_params, mesh),
         average=None if abstract.average is None else of_params,
+        slots=refilling.slot_shardings(abstract.slots, mesh),
     )
     swept = {name: jnp.asarray(each, jnp.float32) for name, each in sweep.values(config).items()}
 
     def member_step(state: TrainState, batch: Batch, key: jax.Array, swept: dict[str, jax.Array]) -> Any:
         own = sweep.traced(config, swept)
-        optimizer = make_optimizer(own.optim, updates, axes, config.heads_only)
+        # How many updates a batch will have is not known before, so the schedule goes by the batches.
+        at = state.step * per_batch if refills else None
+        optimizer = make_optimizer(own.optim, updates, axes, config.heads_only, at)
         return training.make_train_step(graphdef, optimizer, own)(state, batch, key)
 
     def all_steps(state: TrainState, batch: Batch, keys: jax.Array, swept: dict[str, jax.Array]) -> Any:

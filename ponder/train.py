@@ -173,7 +173,7 @@ def finish(
             **records.trained_by(folder),
             "parameters": sum(row.parameters for row in models.table(run.abstract_model)),
             "training_steps": config.training.steps,
-            "training_flops": flops_before + float(config.training.steps * compute.training_flops_per_step(config)),
+            "training_flops": flops_before + _flops(config, state),
             "train_seconds": seconds_before + seconds,
             "flops_before": flops_before,
             "evaluations": [row for row in rows if label.items() <= row.items()] + found,
@@ -187,6 +187,13 @@ def finish(
         records.write_whole(folder / records.RESULTS, json.dumps(results, indent=1))  # last: the run has ended
     log.finish(results)
     return results
+
+
+def _flops(config: Config, state: TrainState) -> float:
+    """Spent by one member in its training, without what went before."""
+    if state.slots is not None:  # fewer updates than a batch may have
+        return float(compute.updates_flops(config, int(state.slots.updates)))
+    return float(config.training.steps * compute.training_flops_per_step(config))
 
 
 def load(workdir: epath.PathLike, which: Literal["best", "last"] = "last") -> Any:

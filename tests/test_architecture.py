@@ -15,14 +15,14 @@ PACKAGE = ROOT / "ponder"
 # From the ground up. A module imports only from its own floor and those below; a name covers what lies under it.
 FLOORS = (
     # what all others are written against: no jax code of ours, no data
-    "config errors models.config models.sizes protocols sweep tasks.checksums tasks.sources tasks.task",
+    "config config_updates errors models.config models.sizes protocols sweep tasks.checksums tasks.sources tasks.task",
     "checkpoint checksum compute data.batch frontier lock memory metrics preemption records risk serialization"
     " sharding statistics writers",
     "data tasks",
     "halting models",
     "engine",
     "objectives",
-    "deep_supervision evaluation optim peers profiling program step",
+    "deep_supervision evaluation optim peers profiling program refilling step",
     "recipes",
     "runlog start walks",
     "cli jobs reporting",

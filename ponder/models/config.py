@@ -208,6 +208,11 @@ def meets_stopped(config: ModelConfig) -> bool:
     return shares_steps(config) and isinstance(config, TokenModel) and config.halts == "token"
 
 
+def injects(config: ModelConfig) -> bool:
+    """Whether every step is given the input: where states are handed on without gradient, its only way to learn."""
+    return not isinstance(config, Transformer) or config.inject
+
+
 def layer_counts(config: Transformer) -> tuple[int, int, int]:
     """Layers with parameters of their own: prelude, core, coda. Each step of an untied core has its own."""
     return config.prelude_layers, config.core_layers * (1 if config.tied else config.steps), config.coda_layers
