@@ -2,7 +2,8 @@
 
 HRM (Wang et al. 2025, arXiv 2506.21734, section 2) and TRM (Jolicoeur-Martineau 2025, arXiv 2510.04871): the state is
 handed to the next step without gradient, so each update sees one step's loss and one step's memory. All rows take all
-K steps; nothing is drawn and thrown away, and no row is learned more often than another.
+K steps; nothing is drawn and thrown away, and no row is learned more often than another. Where a row that halts makes
+room for another one, that is `ponder.refilling`.
 
 What a rule teaches at a step may need the heads of the step after (HRM's value of going on). As in HRM, that step is
 then run ahead, too: without gradient, and by the parameters from before the update.

@@ -42,7 +42,7 @@ class Correctness(Supervised):
     threshold: float = 0.5
     """Stop at this believed probability of being right. Without `continue_target` only."""
     exploration: float = 0.1
-    """Share of lanes that in training must take U{2..K} steps at least. For training that refills stopped lanes."""
+    """Share of rows that must take U{2..K} steps at least. It acts where halting does: `training.updates="refill"`."""
     exit: str = "explore"
 
     known_exits: ClassVar[tuple[str, ...]] = ("threshold", "last", "explore")
