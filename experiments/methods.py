@@ -18,9 +18,9 @@ Run:    python -m ponder.train  --config=experiments/methods.py:arm=random_depth
 Table:  python -m ponder.ablate --config=experiments/methods.py --output=experiments/results/methods --jobs=2
 Quick:  python -m ponder.train  --config=experiments/methods.py:smoke --workdir=runs/methods_smoke
 
-Cost of the table: 42 runs, 2.58 core-hours of a busy Intel Xeon and an AMD EPYC. It gave (three seeds): fixed1 0.9940, fixed2
-0.9624, fixed6 0.9185; of the ways to train six steps curriculum 0.9539 and random_depth 0.9485; no exit above fixed
-depth.
+Cost of the table: 42 runs, 2.58 core-hours of a busy Intel Xeon and an AMD EPYC. It gave (three seeds): fixed1 0.9940,
+fixed2 0.9624, fixed6 0.9185; of the ways to train six steps curriculum 0.9539 and random_depth 0.9485; no exit above
+fixed depth.
 """
 
 import dataclasses
