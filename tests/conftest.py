@@ -5,6 +5,7 @@ Subprocesses that a test starts get the compile cache and hurried compilation, a
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,18 @@ install_import_hook("ponder", "beartype.beartype")
 
 settings.register_profile("ponder", deadline=None, derandomize=True, database=None, max_examples=30)
 settings.load_profile("ponder")
+
+
+PLENTY = 3 * 2**30  # bytes of resident memory, beyond which programs of earlier tests are forgotten
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgetful() -> Iterator[None]:
+    """Compiled programs of two thousand tests would take five gigabytes a process."""
+    yield
+    with contextlib.suppress(OSError):  # not every system says so
+        if int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > PLENTY:
+            jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
