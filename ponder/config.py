@@ -19,12 +19,14 @@ from ponder.models.config import (
     TokenModel,
     Transformer,
     TwoState,
+    check_depth,
     injects,
     layer_counts,
     meets_stopped,
 )
 from ponder.protocols import Measure, Rule, Taught
 from ponder.tasks.task import SPLITS, Task
+from ponder.walkable import can_walk, no_walk
 
 
 @dataclass(frozen=True)
@@ -365,43 +367,14 @@ def check_origin(config: Config, earlier: Config) -> None:
                 raise UserError(f"start.cut.{name} names layer {layer}: the earlier model has 0 to {sum(theirs) - 1}")
 
 
-def check_depth(model: ModelConfig, steps: int) -> None:
-    """Raises UserError where a model cannot run so many steps."""
-    if steps < 1:
-        raise UserError(f"{steps} thinking steps: at least 1 is needed")
-    if isinstance(model, Transformer) and not model.tied and steps > model.steps:
-        raise UserError(
-            f"model.tied is False: each of its {model.steps} steps has parameters of its own, "
-            f"and there are none for step {steps}"
-        )
-    if isinstance(model, RoutedTransformer) and steps != model.steps:
-        raise UserError(f"{type(model).__name__} is routed for {model.steps} steps, and cannot run {steps}")
-
-
-def can_walk(config: Config) -> bool:
-    """Whether a walk says what exits would have done: not of ACT, which answers with a mean of states, nor of routed
-    models, whose tokens stop by themselves; and not yet of tasks in bits, whose rows are no questions that are right or
-    wrong."""
-    routed = isinstance(config.model, RoutedTransformer)
-    return config.rule.mixes != "states" and not routed and config.task.unit != "bits"
-
-
-def no_walk(config: Config, asked: str) -> str:
-    """Says why what was `asked` for is refused where there is no walk (`can_walk`)."""
-    return (
-        f"{asked} need a walk, and {type(config.rule).__name__} on {type(config.task).__name__} has none: rules that "
-        "mix states answer with no single step, routed models stop tokens by themselves, and tasks in bits have no "
-        "questions that are right or wrong"
-    )
-
-
 def _of_walk(config: Config) -> Iterator[tuple[bool, str]]:
     asked = config.evaluation
     names = " and ".join(f"evaluation.{name}" for name in ("readouts", "depths") if getattr(asked, name))
     if not names:
         return
     yield asked.walk, "evaluation.walk is False: without it there are no evaluation.readouts and evaluation.depths"
-    yield can_walk(config), no_walk(config, names)
+    rule, task = config.rule, config.task
+    yield can_walk(rule, config.model, task), no_walk(names, rule, task)
     told = {"test", "validation"} & {*asked.splits} & {*config.task.splits}
     yield bool(told), f"{names} are of test or validation: name one of them in evaluation.splits"
     yield (

@@ -24,12 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ponder import cli, records, sweep
-from ponder.config import Config, Mesh, can_walk, check_depth, no_walk
+from ponder.config import Config, Mesh
 from ponder.errors import UserError
 from ponder.halting.readout import Readout
-from ponder.models.config import ModelConfig, meets_stopped
+from ponder.models.config import ModelConfig, check_depth, meets_stopped
 from ponder.protocols import Measure
 from ponder.serialization import nearest
+from ponder.walkable import can_walk, no_walk
 
 with epy.lazy_imports():  # `--help` needs none of these
     from flax import nnx
@@ -118,9 +119,9 @@ def evaluate(
                 cache_dir=cache_dir,
             )
     config = replace(sweep.members(records.read_config(workdir))[0], mesh=Mesh(data=1))
-    walked = can_walk(config)
+    walked = can_walk(config.rule, config.model, config.task)
     if not walked and (risk is not None or within is not None):
-        raise UserError(no_walk(config, "--risk and --within"))
+        raise UserError(no_walk("--risk and --within", config.rule, config.task))
     if resplits < 0 or (resplits and risk is None):
         raise UserError(f"--resplits is {resplits}: at least 0, and with --risk, whose promise it tries")
     if resplits and split in ("validation", "calibration"):

@@ -24,9 +24,10 @@ from etils import epath, epy
 
 import ponder
 from ponder import sweep
-from ponder.config import MAY_CHANGE, Config, can_walk
+from ponder.config import MAY_CHANGE, Config
 from ponder.errors import UserError
 from ponder.serialization import from_json, to_json
+from ponder.walkable import can_walk
 
 with epy.lazy_imports():
     import jax
@@ -329,7 +330,8 @@ def run_key(config: Config) -> str:
 
 def settings_key(config: Config) -> str:
     """Names a run by its configuration alone, whatever the code."""
-    looks = _LOOK_FIELDS if can_walk(config) else (*_LOOK_FIELDS, *_WALK_FIELDS)
+    walked = can_walk(config.rule, config.model, config.task)
+    looks = _LOOK_FIELDS if walked else (*_LOOK_FIELDS, *_WALK_FIELDS)
     settings = sorted((name, value) for name, value in _flat(to_json(config)) if not _under(_own(name), looks))
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from ponder import compute, frontier, risk, sharding
-from ponder.config import Config, can_walk, check_depth
+from ponder.config import Config
 from ponder.data.batch import Batch
 from ponder.evaluation import HeldOut, keys_seen
 from ponder.frontier import Stops, Walked
@@ -20,12 +20,13 @@ from ponder.halting.classifier import Classifier
 from ponder.halting.correctness import Correctness
 from ponder.halting.fixed import Fixed
 from ponder.halting.readout import Readout
-from ponder.models.config import meets_stopped
+from ponder.models.config import check_depth, meets_stopped
 from ponder.objectives.ponder import lane_mask, thinking_lanes
 from ponder.objectives.walk import walk
 from ponder.program import Program
 from ponder.protocols import Measure, Rule, Seen
 from ponder.tasks.task import Task
+from ponder.walkable import can_walk
 
 Row = dict[str, Any]
 HEADS = {"halt": "halt", "probe": "halt", "go": "go"}
@@ -308,7 +309,7 @@ def final(walker: Walker, config: Config, params: Any) -> tuple[list[Row], Row]:
     """
     asked = config.evaluation
     splits = [split for split in asked.splits if split in config.task.splits]
-    if not can_walk(config):
+    if not can_walk(config.rule, config.model, config.task):
         return [], {}
     headline = next((split for split in ("test", "validation") if split in splits), None)
     if headline is None:

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "ponder"
 # From the ground up. A module imports only from its own floor and those below; a name covers what lies under it.
 FLOORS = (
     # what all others are written against: no jax code of ours, no data
-    "config config_updates errors models.config models.sizes protocols sweep tasks.checksums tasks.sources tasks.task",
+    "config config_updates errors models.config models.sizes protocols sweep tasks.checksums tasks.sources tasks.task"
+    " walkable",
     "checkpoint checksum compute data.batch frontier lock memory metrics preemption records risk serialization"
     " sharding statistics writers",
     "data tasks",

@@ -18,7 +18,7 @@ from test_models import IDS, POSITIONS, SEGMENTS, SHAPE, check_gradient, directi
 from toys import batch_of
 
 from ponder import compute
-from ponder.config import Config, Depth, Training, check_depth, validate
+from ponder.config import Config, Depth, Training, validate
 from ponder.data.batch import Batch
 from ponder.errors import UserError
 from ponder.halting.act import Act
@@ -32,6 +32,7 @@ from ponder.models.config import (
     RoutedTransformer,
     TokenChoiceRecursions,
     Transformer,
+    check_depth,
 )
 from ponder.models.sizes import check, slots
 from ponder.objectives.ponder import Outcome, ponder_loss, predict

@@ -13,7 +13,7 @@ import tiny
 from flax import nnx
 from tiny import as_users_run  # noqa: F401
 
-from ponder.config import Config, can_walk
+from ponder.config import Config
 from ponder.evaluation import HeldOut
 from ponder.halting.fixed import Fixed
 from ponder.models import build
@@ -23,6 +23,7 @@ from ponder.optim import make_optimizer
 from ponder.program import compile_program
 from ponder.sharding import make_mesh
 from ponder.step import initial_state, make_train_step
+from ponder.walkable import can_walk
 
 KEY = jax.random.key(0)
 SMALL: Any = {"steps": 2, "d_model": 16, "heads": 2, "mlp_size": 16}
@@ -52,7 +53,7 @@ def test_parts_of_a_batch_add_up() -> None:
 
 def test_an_evaluation_tells_agreement_and_executed_steps(tmp_path: Any) -> None:
     config = tiny.config(model=MixtureOfDepths(capacity=0.5, **SMALL), rule=Fixed(), evaluation__walk=True)
-    assert not can_walk(config)
+    assert not can_walk(config.rule, config.model, config.task)
     run = compile_program(config, make_mesh(config.mesh))
     with jax.set_mesh(run.mesh):
         [row] = HeldOut(run, str(tmp_path)).evaluate("validation", run.initial_state(), 0, 50)

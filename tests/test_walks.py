@@ -15,7 +15,7 @@ from tiny import as_users_run  # noqa: F401
 
 import ponder
 from ponder import evaluation, frontier, program, records, sharding, walks
-from ponder.config import can_walk, check_depth, validate
+from ponder.config import validate
 from ponder.errors import UserError
 from ponder.frontier import Walked
 from ponder.halting.act import Act
@@ -25,8 +25,9 @@ from ponder.halting.fixed import Fixed
 from ponder.halting.gate import Gate
 from ponder.halting.pondernet import PonderNet
 from ponder.halting.readout import Readout
-from ponder.models.config import MixtureOfDepths
+from ponder.models.config import MixtureOfDepths, check_depth
 from ponder.tasks.text import Text
+from ponder.walkable import can_walk
 
 EXITS = [
     Readout(measure="margin", threshold=0.85),
@@ -175,7 +176,7 @@ def test_what_no_walk_can_tell_is_refused(changes: dict[str, Any], says: str) ->
     plain = dataclasses.replace(made.evaluation, readouts=(), depths=())
     validate(dataclasses.replace(made, evaluation=plain))
     asked_in_vain = records.settings_key(made) == records.settings_key(dataclasses.replace(made, evaluation=plain))
-    assert asked_in_vain == (not can_walk(made))  # older runs that were are the same runs
+    assert asked_in_vain == (not can_walk(made.rule, made.model, made.task))  # older runs that were are the same runs
 
 
 def walked(correct: Any, question: Any, difficulty: Any = None, target: Any = None, **more: Any) -> Walked:

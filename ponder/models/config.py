@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from ponder.errors import UserError
+
 Kv = Literal["first", "depth"]
 Halts = Literal["token", "example"]
 Backend = Literal["xla", "jax", "cudnn", "pallas"]
@@ -216,6 +218,19 @@ def injects(config: ModelConfig) -> bool:
 def layer_counts(config: Transformer) -> tuple[int, int, int]:
     """Layers with parameters of their own: prelude, core, coda. Each step of an untied core has its own."""
     return config.prelude_layers, config.core_layers * (1 if config.tied else config.steps), config.coda_layers
+
+
+def check_depth(model: ModelConfig, steps: int) -> None:
+    """Raises UserError where a model cannot run so many steps."""
+    if steps < 1:
+        raise UserError(f"{steps} thinking steps: at least 1 is needed")
+    if isinstance(model, Transformer) and not model.tied and steps > model.steps:
+        raise UserError(
+            f"model.tied is False: each of its {model.steps} steps has parameters of its own, "
+            f"and there are none for step {steps}"
+        )
+    if isinstance(model, RoutedTransformer) and steps != model.steps:
+        raise UserError(f"{type(model).__name__} is routed for {model.steps} steps, and cannot run {steps}")
 
 
 def heads(needs: frozenset[str]) -> dict[str, bool]:
