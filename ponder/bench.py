@@ -2,6 +2,7 @@
 
     python -m ponder.bench train [--repeats=5] [--output=F] [--peer="PYTHON benchmarks/hf_llama.py"]
     python -m ponder.bench decode [--repeats=5] [--output=F] [--peer="PYTHON benchmarks/hf_generate.py"]
+    python -m ponder.bench depth [--repeats=5] [--output=F]
     python -m ponder.bench halting [--repeats=5] [--output=F] [--workdir=W,... | --exits=geometric,none]
 
 train: tokens per second, compile time, memory and achieved FLOP/s of a whole training step (forward, backward, AdamW)
@@ -12,6 +13,8 @@ is that of a process which compiles and runs this row alone.
 
 decode: tokens per second of the same decoder, fp32, greedy, 128 new tokens after a prompt of 32, one request and 64 at
 a time. The peer has the same weights and prompts, and its tokens are compared; see `ponder.bench_decode`.
+
+depth: a training step whose lanes stop early, and one with a truncated gradient; see `ponder.bench_depth`.
 
 halting: what halting saves on the clock. The same requests are decoded by each executor in turns; see
 `ponder.bench_halting`. Of trained runs --output=F.json also writes a table over seeds, F.md, and a picture, F.svg.
@@ -38,7 +41,7 @@ import rich.table
 import tyro
 from etils import epy
 
-from ponder import bench_decode, bench_halting, cli, compute, peers, records
+from ponder import bench_decode, bench_depth, bench_halting, cli, compute, peers, records
 from ponder.config import Config, Training
 from ponder.data.batch import Batch
 from ponder.errors import UserError
@@ -61,7 +64,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options(bench_halting.Options):
-    command: tyro.conf.Positional[Literal["train", "decode", "halting"]]
+    command: tyro.conf.Positional[Literal["train", "decode", "depth", "halting"]]
     """What to measure."""
     repeats: int = 5
     """Turns of each row; the table shows the median and the range."""
@@ -274,6 +277,21 @@ def show_decode(rows: list[Row]) -> None:
     (console if console.is_terminal else rich.console.Console(width=140)).print(table)
 
 
+def show_depth(rows: list[Row]) -> None:
+    table = rich.table.Table("row", "ms", "of all steps", "range", "ideal", "of the ideal")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            f"{row['seconds'] * 1e3:.0f}",
+            f"{row['ratio']:.3f}",
+            f"{row['ratio_least']:.3f}-{row['ratio_most']:.3f}",
+            f"{row['ideal_ratio']:.3f}",
+            f"{row['of_ideal']:.2f} x",
+        )
+    console = rich.console.Console()
+    (console if console.is_terminal else rich.console.Console(width=140)).print(table)
+
+
 def show_halting(rows: list[Row]) -> None:
     columns: tuple[str, ...] = (
         "executor",
@@ -323,6 +341,9 @@ def body(options: Options) -> int:
     elif options.command == "decode":
         rows = bench_decode.bench(options.repeats, options.peer)
         show_decode(rows)
+    elif options.command == "depth":
+        rows = bench_depth.bench(options.repeats, options.d_model, options.steps)
+        show_depth(rows)
     else:
         rows = bench_halting.bench(options, options.repeats)
         show_halting(rows)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from ponder.config import Config
 from ponder.data.batch import Batch
 from ponder.engine import depth
+from ponder.engine.masked import skippable
 from ponder.objectives.ponder import Midway, Outcome, mean_over, ponder_loss, thinking_lanes
 from ponder.optim import heads_alone
 from ponder.protocols import Scheduled, Taught
@@ -98,7 +99,7 @@ def make_loss(graphdef: Any, config: Config) -> Callable[..., tuple[jax.Array, t
     The loss is the share of the batch `whole` that its part `batch` brings; the shares add up, gradients too (a rule of
     which they do not, `Supervised.whole_batch`, is refused parts by `ponder.config.validate`). `step` is that of the
     optimizer, for a rule that changes over the training; `before` and `start` as in `ponder_loss`, with one thinking
-    step from a `start`.
+    step from a `start`. In a scan, steps that nobody takes any more are left out.
     """
     model, training = config.model, config.training
     # Steps that the rule sees, where there are others before.
@@ -128,6 +129,7 @@ def make_loss(graphdef: Any, config: Config) -> Callable[..., tuple[jax.Array, t
             layer_dropout=training.layer_dropout,
             unroll=model.unroll,
             remat=model.remat,
+            skip=not model.unroll and skippable(rule, training.freeze),
         )
         targets, lanes = batch.weights, outcome.thinks.astype(jnp.float32)
         of_targets = targets.sum() / jnp.maximum(whole.weights.sum(), 1.0)

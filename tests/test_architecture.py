@@ -27,7 +27,7 @@ FLOORS = (
     "recipes",
     "runlog start walks",
     "cli jobs reporting",
-    "ablate bench bench_decode bench_forward bench_halting evaluate export report think thinking train",
+    "ablate bench bench_decode bench_depth bench_forward bench_halting evaluate export report think thinking train",
 )
 LEVELS = {name: level for level, names in enumerate(FLOORS) for name in names.split()}
 APART = ("models", "halting")  # neither imports the other

@@ -278,3 +278,44 @@ def test_bad_steps() -> None:
     script = Scripted(jnp.zeros((2, 1)))
     with pytest.raises(UserError, match="at least 1"):
         follow(script, Fixed(), jnp.zeros(1), jnp.ones(1, bool), freeze=True, steps=0)
+
+
+SKIPPED = {
+    "frozen": (PonderNet(), True),
+    "frozen to the end": (Fixed(), True),
+    "act, run on": (Act(), False),
+    "act, frozen": (Act(), True),
+}
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("case", SKIPPED)
+def test_steps_that_nobody_takes_are_left_out(case: str, remat: bool) -> None:
+    """Halting logits so large that lanes stop early: values and gradients as ever, and steps that are not run."""
+    rule, freeze = SKIPPED[case]
+    p, taken = single(parameters()) | {"bias": jnp.float32(1.5)}, []
+
+    class Counted(Attending):
+        def step(self, state: Any, x: Any, k: Any, *rest: Any) -> Any:
+            jax.debug.callback(lambda k: taken.append(int(k)), k)
+            return super().step(state, x, k, *rest)
+
+    def value(p: Any, kind: Any, skip: bool) -> Any:
+        ran = run(kind(p, 8), rule, INPUTS, SEGMENTS, freeze=freeze, unroll=False, remat=remat, skip=skip)
+        return (ran.state**2).sum() + ran.cost.sum() + (ran.weight * jnp.arange(8.0)[:, None, None]).sum(), ran.steps
+
+    both = [
+        jax.jit(jax.value_and_grad(lambda p, skip=skip: value(p, Attending, skip), has_aux=True))(p)
+        for skip in (False, True)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), *both)
+    (_, steps), _ = both[1]
+    jax.block_until_ready(jax.jit(lambda p: value(p, Counted, True))(p))
+    jax.effects_barrier()
+    assert sorted(taken) == list(range(1, int(steps.max()) + 1))
+    assert int(steps.max()) == 8 if isinstance(rule, Fixed) else 1 < int(steps.max()) < 8
+
+
+def test_steps_with_weight_are_not_left_out() -> None:
+    with pytest.raises(UserError, match="PonderNet weighs the steps after a stop"):
+        run(Attending(single(parameters()), 3), PonderNet(), INPUTS, SEGMENTS, freeze=False, unroll=False, skip=True)

@@ -29,6 +29,7 @@ class Moment(NamedTuple):
 
 
 Observe = Callable[[Moment], Any]
+Step = Callable[..., tuple["Loop", tuple[jax.Array, Any]]]
 
 _inside_a_step: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_a_step", default=False)
 
@@ -62,6 +63,7 @@ def masked(
     layer_dropout: float = 0.0,
     unroll: bool = True,
     remat: bool = False,
+    skip: bool = False,
 ) -> Ran:
     """Run up to K steps of `trajectory` under `rule`. Differentiable in everything, the halting head included.
 
@@ -81,6 +83,9 @@ def masked(
         (`ponder.engine.layer_dropout`). For training alone, and not for frozen lanes.
       unroll: write the steps out in the program (k is a Python int) or scan over them (k is a traced int32 scalar).
       remat: recompute each step in the backward pass instead of keeping its activations.
+      skip: in a scan, leave out the steps after the last lane has stopped, forwards and backwards: one program for any
+        depth. Nothing changes but seconds, as these steps have no weight; what would be observed there is zero. Under
+        `vmap` all of them run.
 
     Returns:
       Ran. `state` is sum_k weight_k state_k (accumulated in fp32) where the rule mixes states, else the state at the
@@ -88,7 +93,8 @@ def masked(
 
     Raises:
       UserError: fewer than one step, or a rule that mixes losses inside another trajectory's step, whose loss would
-        need the joint expectation over both halting times; or layer dropout under `freeze`.
+        need the joint expectation over both halting times; layer dropout under `freeze`; or `skip` where the steps
+        after a stop count: under a rule that mixes losses, run on.
     """
     steps = trajectory.steps if steps is None else steps
     if steps < 1:
@@ -100,6 +106,8 @@ def masked(
         )
     if layer_dropout and freeze:
         raise UserError("layer dropout is for training with freeze off: a step that is left out has no keys to keep")
+    if skip and not skippable(rule, freeze):
+        raise UserError(f"{type(rule).__name__} weighs the steps after a stop: with freeze off none can be left out")
 
     def body(loop: Loop, k: int | jax.Array) -> tuple[Loop, tuple[jax.Array, Any]]:
         return advance(
@@ -129,9 +137,28 @@ def masked(
     else:
         # The loop itself keeps the compiler from merging the two forward passes.
         scanned = jax.checkpoint(body, prevent_cse=False) if remat else body
+        scanned = _until_all_stopped(scanned) if skip else scanned
         loop, (weight, observed) = jax.lax.scan(scanned, loop, jnp.arange(1, steps + 1, dtype=jnp.int32))
     result = jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype), loop.result, state)
     return Ran(result, observed, weight, loop.cost, loop.steps, loop.context)
+
+
+def skippable(rule: Rule, freeze: bool) -> bool:
+    """Whether nothing is left to do where all lanes have stopped: frozen ones, and of ACT, whose weights are spent."""
+    return freeze or rule.mixes == "states"
+
+
+def _until_all_stopped(body: Step) -> Step:
+    """The same step, but that it does nothing where no lane runs."""
+
+    def step(loop: Loop, k: jax.Array) -> tuple[Loop, tuple[jax.Array, Any]]:
+        def rest(loop: Loop, k: jax.Array) -> tuple[Loop, tuple[jax.Array, Any]]:
+            shapes = jax.eval_shape(lambda: body(loop, k)[1])
+            return loop, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        return jax.lax.cond(loop.running.any(), body, rest, loop, k)
+
+    return step
 
 
 def begun(

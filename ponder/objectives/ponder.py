@@ -85,6 +85,7 @@ def ponder_loss(
     layer_dropout: float = 0.0,
     unroll: bool = True,
     remat: bool = False,
+    skip: bool = False,
 ) -> tuple[Float[jax.Array, ""], Outcome]:
     """Task loss and cost of thinking. Differentiate with respect to the trajectory's parameters.
 
@@ -98,7 +99,7 @@ def ponder_loss(
     (ACT: the mixed one) is read out once.
 
     Args:
-      freeze, steps, layer_dropout, unroll, remat: as in `ponder.engine.masked.masked`.
+      freeze, steps, layer_dropout, unroll, remat, skip: as in `ponder.engine.masked.masked`.
       before: int32 scalar, steps to run first without gradient (`ponder.engine.depth`). None: none.
       start: the state to begin with, in place of the trajectory's own. The rule begins anew. A rule that looks ahead
         (`protocols.Reach`) is also shown the step after, which the same parameters take without gradient.
@@ -113,6 +114,7 @@ def ponder_loss(
         "layer_dropout": layer_dropout,
         "unroll": unroll,
         "remat": remat,
+        "skip": skip,
     }
     if rule.mixes != "losses":
         ran = run(trajectory, rule, batch, key, **options)
