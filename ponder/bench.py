@@ -4,6 +4,7 @@
     python -m ponder.bench decode [--repeats=5] [--output=F] [--peer="PYTHON benchmarks/hf_generate.py"]
     python -m ponder.bench depth [--repeats=5] [--output=F]
     python -m ponder.bench halting [--repeats=5] [--output=F] [--workdir=W,... | --exits=geometric,none]
+    python -m ponder.bench halting --models=forward --peer="PYTHON benchmarks/torch_compaction.py"
 
 train: tokens per second, compile time, memory and achieved FLOP/s of a whole training step (forward, backward, AdamW)
 of one decoder: width 256, 6 layers, 4 heads, SwiGLU 704, 512 tokens, sequence 128, batch 32, fp32. The row `unrolled`
@@ -72,8 +73,6 @@ class Options(bench_halting.Options):
     """Training steps a turn."""
     output: str | None = None
     """Write the rows as JSON here."""
-    peer: str | None = None
-    """Command of a twin that takes turns with the rows of `train` or `decode`; see benchmarks/."""
 
 
 @dataclass(frozen=True)

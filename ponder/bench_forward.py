@@ -1,18 +1,23 @@
 """How much of what halting saves is saved on the clock where whole sequences go through: prefill, puzzles, evaluation.
 
 A batch of rows of one block, looped, whose rows stop at steps that are made up. `fixed` is K steps for all in a scan,
-`masked` the reference that freezes who has stopped, `compaction` gathers those that go on. The answers are compared.
+`masked` the reference that freezes who has stopped, `compaction` gathers those that go on. The answers are compared. A
+peer has the same weights, rows and depths, takes turns with them, and tells its answers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from etils import epy
 
-from ponder import compute
+from ponder import compute, peers
 from ponder.halting.fixed import Fixed
 from ponder.halting.replay import Replay
 from ponder.models.config import Transformer
@@ -24,7 +29,7 @@ with epy.lazy_imports():  # `--help` needs none of these
     import numpy as np
     from flax import nnx
 
-    from ponder import models, profiling
+    from ponder import export, models, profiling
     from ponder.engine import compact, masked
 
 Row = dict[str, Any]
@@ -32,8 +37,14 @@ LENGTH = 16
 """Tokens of a row."""
 
 
-def measured(batch: int, depths: Any, d_model: int, steps: int, repeats: int) -> tuple[list[Row], dict[str, list[Any]]]:
-    """A row for each executor, and the turns that it took. `depths` [batch] int32: steps of the rows."""
+def measured(
+    batch: int, depths: Any, d_model: int, steps: int, repeats: int, peer: str | None = None
+) -> tuple[list[Row], dict[str, list[Any]]]:
+    """A row for each executor, and the turns that it took. `depths` [batch] int32: steps of the rows.
+
+    `peer`: a command that takes --weights=F --rows=F, an export and JSON `{"ids", "depths", "steps"}`; then as
+    `ponder.peers` says, with its likeliest classes as "answers" in its first line. Raises UserError where it fails.
+    """
     shape = Shape(512, LENGTH, 512, "token")
     config = Transformer(
         steps=steps,
@@ -72,24 +83,37 @@ def measured(batch: int, depths: Any, d_model: int, steps: int, repeats: int) ->
     calls = {name: functools.partial(program(name), parameters) for name in ("fixed", "masked", "compaction")}
     made = {name: jax.block_until_ready(call()) for name, call in calls.items()}
     turns = {name: functools.partial(profiling.timed, call, 1) for name, call in calls.items()}
-    taken = profiling.round_robin(turns, repeats)
+    found = {name: np.asarray(logits).argmax(-1) for name, (logits, _) in made.items()}
+    taken_steps = {name: np.asarray(each) for name, (_, each) in made.items()}
+    with contextlib.ExitStack() as ends:
+        if peer is not None:
+            folder = Path(ends.enter_context(tempfile.TemporaryDirectory()))
+            export.export_params(folder / "weights.npz", nnx.to_pure_dict(parameters), {})
+            asked = {"ids": ids.tolist(), "depths": np.asarray(depths).tolist(), "steps": steps}
+            (folder / "rows.json").write_text(json.dumps(asked))
+            twin = peers.Peer(f"{peer} --weights={folder / 'weights.npz'} --rows={folder / 'rows.json'}")
+            ends.callback(twin.close)
+            name = twin.cost["name"]
+            found[name], taken_steps[name] = np.asarray(twin.cost["answers"]), taken_steps["masked"]
+            turns[name] = functools.partial(twin.turn, 1)
+            profiling.round_robin(turns, 1)
+        taken = profiling.round_robin(turns, repeats)
     cost = compute.parts(config, shape, frozenset())
     step = compute.thinking(config, shape, Fixed()).forward
     rest = cost.begin.forward + cost.finish.forward + cost.logits.forward
     mean = float(np.asarray(depths).mean())
-    reference = np.asarray(made["masked"][0])
     rows = []
-    for name in calls:
+    for name in turns:
         # Rounding differs with the width: a row's answer is the same where its best classes are.
-        same = (np.asarray(made[name][0]).argmax(-1) == reference.argmax(-1)).all(axis=1)
+        same = (found[name] == found["masked"]).all(axis=1)
         rows.append(
             {
                 "executor": name,
                 "ideal_ratio": 1.0 if name == "fixed" else (mean * step + rest) / (steps * step + rest),
-                "ticks": int(np.asarray(made[name][1]).max()),
+                "ticks": int(taken_steps[name].max()),
                 "new_tokens": 0,
                 "exit_rows": batch,
-                "mean_steps": float(np.asarray(made[name][1]).mean()),
+                "mean_steps": float(taken_steps[name].mean()),
                 "tokens_equal": None if name == "fixed" else bool(same.all()),
                 "divergences": None if name == "fixed" else int((~same).sum()),
                 "accuracy": None,

@@ -72,6 +72,9 @@ class Options:
     d_model: int = 256
     steps: int = 16
     """K."""
+    peer: str | None = None
+    """Command of a twin that takes turns with the rows of `train`, `decode` or `halting --models=forward`; see
+    benchmarks/."""
 
 
 class Asked(NamedTuple):
@@ -137,7 +140,7 @@ def bench(options: Options, repeats: int) -> list[Row]:
 def forward(options: Options, batch: int, exits: Exits, repeats: int) -> list[Row]:
     """Rows of whole sequences, which stop as one."""
     plan = depths(np.random.default_rng(0), exits, batch, 1, options.steps)[:, 0]
-    found, taken = bench_forward.measured(batch, plan, options.d_model, options.steps, repeats)
+    found, taken = bench_forward.measured(batch, plan, options.d_model, options.steps, repeats, options.peer)
     named = {"model": "forward", "kv": "depth", "exits": exits, "batch": batch, "slots": batch, "requests": batch}
     return [named | row | timed(taken, row["executor"], row["ticks"], options.steps) for row in found]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,33 @@ def test_whole_rows_are_compacted_to_the_same_answers() -> None:
         assert row["mean_steps"] == 3 if row["exits"] == "none" or row["executor"] == "fixed" else row["mean_steps"] < 3
         assert row["ideal_ratio"] == 1 if row["exits"] == "none" else 0 < row["ideal_ratio"] <= 1
     assert bench.show_halting(rows) is None
+
+
+PEER = """
+import argparse, json, sys
+import numpy as np
+parser = argparse.ArgumentParser()
+for name in ("--weights", "--rows"):
+    parser.add_argument(name, required=True)
+parser.add_argument("--wait", action="store_true")
+given = parser.parse_args()
+rows = json.load(open(given.rows))
+with np.load(given.weights) as archive:
+    assert archive["core/query"].shape == (1, 16, 1, 16)
+assert rows["steps"] == 3 and max(rows["depths"]) <= 3 and len(rows["depths"]) == len(rows["ids"]) == 6
+print(json.dumps({"name": "twin", "answers": np.full((6, len(rows["ids"][0])), -1).tolist()}), flush=True)
+for line in sys.stdin:
+    print(json.dumps({"wall": 1e6 * int(line), "cpu": 2e6}), flush=True)
+"""
+
+
+def test_a_peer_takes_turns_with_whole_rows(tmp_path: Path) -> None:
+    twin = tmp_path / "twin.py"
+    twin.write_text(PEER)
+    options = {"models": ("forward",), "slots": (6,), "exits": ("geometric",), "peer": f"{sys.executable} {twin}"}
+    rows = bench_halting.bench(Options(**vars(SMALL) | options), 1)
+    assert [row["executor"] for row in rows] == ["fixed", "masked", "compaction", "twin"]
+    assert rows[-1]["seconds"] == 1e6 and rows[-1]["divergences"] == 6 and rows[2]["tokens_equal"]
 
 
 def test_the_ideal_counts_what_the_lanes_need() -> None:
