@@ -16,7 +16,7 @@ seeds): a depth of two steps is exact and cheaper than any other exit above 0.95
 0.9971 at 2.5 to 5.1 steps; PonderNet is exact at 7.24, the other heads are not shown to be better than margin.
 Chains of four operations, each beginning of which has a target (`:task=chains` into results/chains, 4.15 core-hours):
 fixed1 0.9726, margin on `supervised` 0.9280 at 1.21 of four steps, no learned exit shown to differ from it.
-p-hop of up to four hops, `:task=hop` into results/hop_gates, 1.93 core-hours: ACT 0.9962 at 4.06 of six steps,
+p-hop of up to four hops, `:task=hop` into results/hop_gates, 2.45 core-hours: ACT 0.9962 at 4.06 of six steps,
 PonderNet 0.9907 at 4.18, margin on `supervised` 0.9423 at 3.90; seeds differ too much to show a difference.
 """
 
