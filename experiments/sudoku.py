@@ -15,11 +15,10 @@ Real:   --config=experiments/sudoku.py:arm=trm,size=9,source=clue17 (or source=t
 What halting at evaluation is worth is in each run's frontier, too: the head's and the readouts' accuracy against that
 of fixed depths, on the same walk.
 
-The table had 15 runs, 1.31 core-hours of a busy AMD EPYC, and has 24 now. It gave (three seeds, 9.96 TFLOP an arm):
-looped 0.9653, trm 0.9537, no difference shown, at 65 and 389 MFLOP a puzzle; feedforward 0.0177; with one update a
-batch trm_joint 0.0000 and hrm, which had no other then, 0.0713. With thresholds chosen on validation (`python -m
-ponder.evaluate --workdir=W --within=0.01`, results/sudoku/within.jsonl) looped keeps 0.9620 at 4.72 of its 8 steps,
-where 5 for all have 0.8560.
+Cost of the table: 24 runs, 1.73 core-hours of a busy AMD EPYC. It gave (three seeds, 9.96 TFLOP an arm): looped 0.9653,
+trm 0.9537, no difference shown, at 65 and 389 MFLOP a puzzle; hrm 0.8210; feedforward 0.0177; trm_joint, with one
+update a batch, 0.0000. With thresholds chosen on validation (`python -m ponder.evaluate --workdir=W --within=0.01`,
+results/sudoku/within.jsonl) looped keeps 0.9620 at 4.72 of its 8 steps; looped5 has 0.9117.
 """
 
 import dataclasses
