@@ -98,7 +98,7 @@ def plain_log_ticks(axes: Axes, values: Sequence[float], few: bool = False) -> N
     if high / low < 100:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
         steps: tuple[float, ...] = (1, 2, 3, 4, 6) if high / low > 3 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-        steps = (1, 2, 5) if few else steps
+        steps = (1, 2, 5) if few or high / low > 12 else steps
         ticks = [tick for decade in decades for step in steps if low <= (tick := step * 10.0**decade) <= high]
         axes.set_xticks(ticks, [quantity(tick).strip() for tick in ticks])
         axes.set_xticks([], minor=True)
