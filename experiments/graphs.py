@@ -66,7 +66,7 @@ def of_arm(arm: str, seed: int, task: str, algorithm: str, smoke: bool) -> Confi
         evaluation=Evaluation(
             every_steps=10 if smoke else 200,
             rows=50 if smoke else 500,
-            batch_size=50 if smoke else 250,
+            batch_size=48 if smoke else 250,
             readouts=READOUTS if arm == "supervised" else (),
         ),
         checkpoint=Checkpointing(every_steps=10 if smoke else 300),

@@ -462,7 +462,7 @@ def test_a_model_that_cannot_be(model: RoutedTransformer, says: str) -> None:
         ({"rule": Supervised()}, "use Fixed, not Supervised"),
         ({"training__freeze": True}, "is trained by choices that inference lacks"),
         ({"training__depth": Depth(), "model": TOKEN}, "TokenChoiceRecursions has a choice for each of its K steps"),
-        ({"evaluation__depths": (8,), "evaluation__walk": True, "model": EXPERT}, "is routed for 3 steps"),
+        ({"evaluation__depths": (8,), "evaluation__walk": True, "model": EXPERT}, "evaluation.depths need a walk"),
     ],
 )
 def test_a_run_that_cannot_be(changes: dict[str, Any], says: str) -> None:

@@ -185,7 +185,7 @@ def test_a_sweep_is_told_on_the_command_line_and_kept() -> None:
         cli.Experiment.load(grid, {"sweep": ["rule.tau=0.1", "rule.tau=0.2"]}).config()
 
 
-@pytest.mark.parametrize(("name", "runs"), [("parity_grid", [30, 25]), ("parity_paper", [200, 100])])
+@pytest.mark.parametrize(("name", "runs"), [("parity_grid", [30, 5, 5, 5, 25]), ("parity_paper", [200, 100])])
 def test_a_whole_grid_is_one_run_a_rule_and_its_members_are_the_arms(name: str, runs: list[int]) -> None:
     experiment = cli.Experiment.load(str(ROOT / "experiments" / f"{name}.py"))
     options = ablate.Options(output="out", vmap_sweep=True)
