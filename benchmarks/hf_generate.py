@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ import time
 try:
     import numpy as np
     import torch
+    import weights
     from transformers import LlamaConfig, LlamaForCausalLM
 except ImportError as error:
     sys.exit(f"hf_generate: {error}; in an environment of its own: pip install torch transformers")
@@ -40,10 +40,9 @@ BLOCK = {
 
 
 def llama(leaves: dict[str, np.ndarray]) -> LlamaForCausalLM:
-    """The model of our weights. A linear map of ours is [in, out], or [in, heads, size], or [heads, size, out]."""
+    """The model of our weights."""
     vocabulary, size = leaves["embedding"].shape
-    stacks = [name for name in ("prelude", "core", "coda") if f"{name}/query" in leaves]
-    layers = [(name, i) for name in stacks for i in range(len(leaves[f"{name}/query"]))]
+    layers = list(weights.layers(leaves))
     _, _, heads, head_size = leaves["core/query"].shape
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -58,18 +57,14 @@ def llama(leaves: dict[str, np.ndarray]) -> LlamaForCausalLM:
         bos_token_id=None,
         eos_token_id=None,
     )
+    around = weights.outside(leaves)
     found = {
-        "model.embed_tokens.weight": leaves["embedding"] * math.sqrt(size),
-        "model.norm.weight": leaves["final_norm/gain"],
-        "lm_head.weight": leaves["head"].T if "head" in leaves else leaves["embedding"],
+        "model.embed_tokens.weight": around["embedding"],
+        "model.norm.weight": around["norm"],
+        "lm_head.weight": around["head"],
     }
-    for number, (stack, i) in enumerate(layers):
-        for own, name in BLOCK.items():
-            leaf = leaves[f"{stack}/{own}"][i]
-            if leaf.ndim > 1:
-                leaf = leaf.reshape(-1, size) if own == "out" else leaf.reshape(leaf.shape[0], -1)
-                leaf = leaf.T
-            found[f"model.layers.{number}.{name}.weight"] = leaf
+    for number, layer in enumerate(layers):
+        found |= {f"model.layers.{number}.{name}.weight": layer[own] for own, name in BLOCK.items()}
     model = LlamaForCausalLM(config).eval()
     model.load_state_dict({name: torch.tensor(np.ascontiguousarray(leaf)) for name, leaf in found.items()})
     return model
@@ -83,8 +78,7 @@ def main() -> None:
     parser.add_argument("--wait", action="store_true", help="one turn for each line on stdin")
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    with np.load(options.weights) as archive:
-        model = llama({name: archive[name] for name in archive.files if name != "ponder.json"})
+    model = llama(weights.read(options.weights))
     with open(options.prompts) as file:
         prompts = torch.tensor(json.load(file))
     given = {

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import tempfile
@@ -25,6 +24,7 @@ try:
     import gguf
     import llama_cpp
     import numpy as np
+    import weights
 except ImportError as error:
     sys.exit(f"llama_gguf: {error}; in an environment of its own: pip install llama-cpp-python gguf numpy")
 
@@ -48,11 +48,9 @@ def interleaved(matrix: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write(path: Path, leaves: dict[str, np.ndarray], context: int) -> None:
-    """Our weights as a model of the architecture "llama". A linear map of ours is [in, out], or [in, heads, size], or
-    [heads, size, out]; theirs is [out, in]."""
+    """Our weights as a model of the architecture "llama"."""
     vocabulary, size = leaves["embedding"].shape
-    stacks = [name for name in ("prelude", "core", "coda") if f"{name}/query" in leaves]
-    layers = [(name, i) for name in stacks for i in range(len(leaves[f"{name}/query"]))]
+    layers = list(weights.layers(leaves))
     _, _, heads, head_size = leaves["core/query"].shape
     kv_heads = leaves["core/key"].shape[2]
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -71,17 +69,14 @@ def write(path: Path, leaves: dict[str, np.ndarray], context: int) -> None:
     def add(name: str, leaf: np.ndarray) -> None:
         writer.add_tensor(f"{name}.weight", np.ascontiguousarray(leaf, np.float32))
 
-    add("token_embd", leaves["embedding"] * math.sqrt(size))
-    add("output_norm", leaves["final_norm/gain"])
-    add("output", leaves["head"].T if "head" in leaves else leaves["embedding"])
-    for number, (stack, i) in enumerate(layers):
+    around = weights.outside(leaves)
+    add("token_embd", around["embedding"])
+    add("output_norm", around["norm"])
+    add("output", around["head"])
+    for number, layer in enumerate(layers):
         for own, name in NAMES.items():
-            leaf = leaves[f"{stack}/{own}"][i]
-            if leaf.ndim > 1:
-                leaf = (leaf.reshape(-1, size) if own == "out" else leaf.reshape(leaf.shape[0], -1)).T
-            if own in ("query", "key"):
-                leaf = interleaved(leaf, heads if own == "query" else kv_heads)
-            add(f"blk.{number}.{name}", leaf)
+            turned = {"query": heads, "key": kv_heads}.get(own)
+            add(f"blk.{number}.{name}", layer[own] if turned is None else interleaved(layer[own], turned))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -144,10 +139,9 @@ def main() -> None:
     options = parser.parse_args()
     with open(options.prompts) as file:
         prompts = json.load(file)
-    with tempfile.TemporaryDirectory() as folder, np.load(options.weights) as archive:
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        leaves = {name: archive[name] for name in archive.files if name != "ponder.json"}
-        write(path, leaves, len(prompts[0]) + options.new)
+        write(path, weights.read(options.weights), len(prompts[0]) + options.new)
         generate = Decoder(path, prompts, options.new)
     print(json.dumps({"name": f"llama.cpp {llama_cpp.__version__}, f32", "ids": generate()}), flush=True)
     for calls in map(int, sys.stdin) if options.wait else [1] * 5:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -23,6 +22,7 @@ import time
 try:
     import numpy as np
     import torch
+    import weights
     from torch.nn import functional
 except ImportError as error:
     sys.exit(f"torch_compaction: {error}; in an environment of its own: pip install torch numpy")
@@ -31,31 +31,26 @@ EPSILON, THETA = 1e-6, 10_000.0
 
 
 class Looped:
-    """A pre-norm block with RoPE and SwiGLU that sees the whole row, an embedding and a head. A linear map of ours is
-    [in, out], or [in, heads, size], or [heads, size, out]."""
+    """A pre-norm block with RoPE and SwiGLU that sees the whole row, an embedding and a head."""
 
     def __init__(self, leaves: dict[str, np.ndarray], length: int):
-        _, size, heads, head_size = leaves["core/query"].shape
-
-        def matrix(name: str, rows: int) -> torch.Tensor:
-            return torch.tensor(np.ascontiguousarray(leaves[f"core/{name}"][0].reshape(rows, -1).T))
-
+        _, _, heads, head_size = leaves["core/query"].shape
+        [block] = ({name: torch.tensor(leaf) for name, leaf in layer.items()} for layer in weights.layers(leaves))
         self.heads, self.head_size = heads, head_size
         kv_heads = leaves["core/key"].shape[2]
         self.widths = [heads * head_size, kv_heads * head_size, kv_heads * head_size]
         # One product for all three, as a user would write it who cares for speed.
-        self.into = torch.cat([matrix(name, size) for name in ("query", "key", "value")])
-        self.out, self.down = matrix("out", heads * head_size), matrix("down", leaves["core/down"].shape[1])
-        self.gate_up = torch.cat([matrix("gate", size), matrix("up", size)])
-        self.gains = [torch.tensor(leaves[f"core/{name}/gain"][0]) for name in ("attention_norm", "mlp_norm")]
-        self.embedding = torch.tensor(leaves["embedding"])
-        self.head = torch.tensor(np.ascontiguousarray(leaves["head"].T)) if "head" in leaves else self.embedding
-        self.final = torch.tensor(leaves["final_norm/gain"])
+        self.into = torch.cat([block[name] for name in ("query", "key", "value")])
+        self.out, self.down = block["out"], block["down"]
+        self.gate_up = torch.cat([block["gate"], block["up"]])
+        self.gains = [block[f"{name}/gain"] for name in ("attention_norm", "mlp_norm")]
+        around = weights.outside(leaves)
+        self.embedding, self.final, self.head = (torch.tensor(around[name]) for name in ("embedding", "norm", "head"))
         angle = np.arange(length)[:, None] * THETA ** (-np.arange(0, head_size, 2) / head_size)[None]
         self.cosine, self.sine = (torch.tensor(f(angle), dtype=torch.float32)[None, None] for f in (np.cos, np.sin))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.embedding[ids] * math.sqrt(self.embedding.shape[1])
+        return self.embedding[ids]
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         left, right = x.chunk(2, dim=-1)
@@ -87,9 +82,7 @@ def main() -> None:
     with open(options.rows) as file:
         given = json.load(file)
     ids, depths = torch.tensor(given["ids"]), torch.tensor(given["depths"])
-    with np.load(options.weights) as archive:
-        leaves = {name: archive[name] for name in archive.files if name != "ponder.json"}
-    model = Looped(leaves, ids.shape[1])
+    model = Looped(weights.read(options.weights), ids.shape[1])
 
     @torch.inference_mode()
     def forward() -> torch.Tensor:

@@ -13,7 +13,7 @@ Quick:  python -m ponder.train  --config=experiments/gate_or_readout.py:smoke --
 
 Cost of the table: 55 runs, 2.93 core-hours of a busy AMD EPYC (the quickest runs took 41 s on a core). It gave (five
 seeds): a depth of two steps is exact and cheaper than any other exit above 0.95; readouts of `supervised` 0.9939 to
-0.9971 at 2.5 to 5.1 steps; PonderNet is exact at 7.24, the other heads are not shown to be better than margin.
+0.9971 at 2.5 to 5.1 steps; PonderNet is exact at 7.24, heads of another kind are not shown to be better than margin.
 Chains of four operations, each beginning of which has a target (`:task=chains` into results/chains, 4.15 core-hours):
 fixed1 0.9726, margin on `supervised` 0.9280 at 1.21 of four steps, no learned exit shown to differ from it.
 p-hop of up to four hops, `:task=hop` into results/hop_gates, 2.45 core-hours: ACT 0.9962 at 4.06 of six steps,

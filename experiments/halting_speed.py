@@ -1,9 +1,9 @@
 """Halting that saves seconds: answers a second, and how many are right, of a trained gate and of fixed depths.
 
-Sums written from the first digit on, a token at a time: how far a carry comes from differs from digit to digit. A
+Sums written a token at a time, from the last digit on, or with `plain` from the first, where carries come from far. A
 decoder of up to 16 steps whose tokens stop by a PonderNet stands beside fixed depths that were trained as such for as
 many FLOPs. Then all of them answer the same questions through the same slots, in turns: the gate by every executor
-(docs/decoding.md), and once with all its 16 steps.
+(docs/decoding.md), and once with all its 16 steps. It has not been run yet; its arguments are for pilots.
 
 Run:    python -m ponder.train  --config=experiments/halting_speed.py --workdir=runs/halting_speed_run
 Table:  python -m ponder.ablate --config=experiments/halting_speed.py --output=experiments/results/halting_speed
@@ -21,7 +21,6 @@ from ponder.tasks.addition import Addition
 ARMS = ("fixed16", "pondernet", "fixed1", "fixed2", "fixed4")
 SEEDS = 3
 STEPS = 16  # K of the arm that halts
-BLOCKS = {"core": 0, "blocks": 1}
 
 
 def get_config(

@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def row(run: str, seed: int, executor: str, seconds: float, accuracy: float | None, **changes: Any) -> Row:
-    made = {"run": run, "seed": seed, "executor": executor, "seconds": seconds, "accuracy": accuracy, "kv": "first"}
+    made = {"run": run, "seed": seed, "executor": executor, "seconds": seconds, "accuracy": accuracy, "slots": 64}
     made |= {"bits_per_byte": None, "mean_steps": 16.0, "ratio_to_fixed": 1.0, "ideal_ratio": 1.0, "us_per_tick": 70.0}
     return made | {"requests": 200, "divergences": None, "cache_mib": 2.0} | changes
 
@@ -52,7 +52,7 @@ def test_the_table_says_what_was_measured_and_where() -> None:
     assert text.startswith("- commit: abc\n")
     table = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     assert [cells[0] for cells in table] == ["| run", "| gate", "| gate", "| two"]
-    assert table[2][3] == "0.9800 ± 0.0248" and table[2][-1].startswith("599 of 600")
+    assert table[2][2] == "64" and table[2][4] == "0.9800 ± 0.0248" and table[2][-1].startswith("599 of 600")
     one = clock.markdown([row("gate", 0, "fixed", 4.0, 0.97)], [])
     assert "± nan" not in one and "nan" not in one
 
@@ -64,6 +64,17 @@ def test_the_picture_has_every_line_once() -> None:
         assert len(re.findall(f">{label}", svg)) == 1
     text = [each | {"accuracy": None, "bits_per_byte": 2.4} for each in ROWS]
     assert "bits per byte" in clock.picture(text, "clock")
+
+
+def test_pools_of_another_size_are_lines_of_their_own() -> None:
+    both = [*ROWS, *(each | {"slots": 8, "seconds": 2 * each["seconds"]} for each in ROWS)]
+    lines = clock.lines(both)
+    assert [(line.slots, line.metric.n) for line in lines] == [(64, 3)] * 3 + [(8, 3)] * 3
+    assert [line.alone for line in lines] == [False, False, True] * 2
+    assert lines[4].milliseconds.mean == pytest.approx(2 * lines[1].milliseconds.mean)
+    svg = clock.picture(both, "clock")
+    for label in ("trained at a fixed depth, 8 slots", "gate, refill, 64 slots"):
+        assert len(re.findall(f">{label}<", svg)) == 1
 
 
 def test_rows_of_two_metrics_are_not_one_table() -> None:

@@ -18,13 +18,13 @@ FIXED = "fixed"
 
 @dataclass(frozen=True)
 class Line:
-    """An executor on the runs of one configuration, over their seeds."""
+    """An executor with so many slots on the runs of one configuration, over their seeds."""
 
     run: str
     executor: str
     alone: bool
     """There is no other: the run's depth is fixed."""
-    kv: str
+    slots: int
     steps: Interval
     metric: Interval
     equal: int
@@ -48,20 +48,20 @@ def metric_of(rows: Sequence[Row]) -> str:
 
 
 def lines(rows: Sequence[Row]) -> list[Line]:
-    """In the order of the rows. A line is a run's name, a pool's size and an executor."""
-    metric, grouped = metric_of(rows), dict[tuple[str, str], list[Row]]()
+    """In the order of the rows."""
+    metric, grouped = metric_of(rows), dict[tuple[str, int, str], list[Row]]()
     for row in rows:
-        grouped.setdefault((row["run"], row["executor"]), []).append(row)
+        grouped.setdefault((row["run"], row["slots"], row["executor"]), []).append(row)
 
-    def line(run: str, executor: str, group: list[Row]) -> Line:
+    def line(run: str, slots: int, executor: str, group: list[Row]) -> Line:
         def interval(of: Callable[[Row], float]) -> Interval:
             return mean_interval(of(row) for row in group)
 
         return Line(
             run,
             executor,
-            alone=all(name == executor for other, name in grouped if other == run),
-            kv=group[0]["kv"],
+            alone=all(name == executor for other, _, name in grouped if other == run),
+            slots=slots,
             steps=interval(lambda row: row["mean_steps"]),
             metric=interval(lambda row: row[metric]),
             equal=sum(row["requests"] - (row["divergences"] or 0) for row in group),
@@ -78,12 +78,19 @@ def lines(rows: Sequence[Row]) -> list[Line]:
 
 def markdown(rows: Sequence[Row], facts: Sequence[tuple[str, str]]) -> str:
     """Facts and the table."""
-    headings = ["run", "executor", "n", METRICS[metric_of(rows)], "steps", "ms a request", "of fixed", "ideal"]
+    headings = ["run", "executor", "slots", "n", METRICS[metric_of(rows)], "steps", "ms a request", "of fixed", "ideal"]
     headings += ["us a tick", "cache MiB", "as the reference"]
     text = [*(f"- {name}: {value}" for name, value in facts), "", "| " + " | ".join(headings) + " |"]
     text.append("|" + " --- |" * len(headings))
     for line in lines(rows):
-        cells = [line.run, line.executor, str(line.metric.n), shown(line.metric, 4), shown(line.steps, 2)]
+        cells = [
+            line.run,
+            line.executor,
+            str(line.slots),
+            str(line.metric.n),
+            shown(line.metric, 4),
+            shown(line.steps, 2),
+        ]
         cells += [shown(line.milliseconds, 3), shown(line.ratio, 3), shown(line.ideal, 3), shown(line.us_per_tick, 0)]
         cells += [f"{line.cache_mib:.1f}", "" if line.executor == FIXED else f"{line.equal} of {line.requests}"]
         text.append("| " + " | ".join(cells) + " |")
@@ -110,25 +117,13 @@ def picture(rows: Sequence[Row], name: str) -> str:
     metric, found = metric_of(rows), lines(rows)
 
     def draw(axes: Axes) -> None:
+        several = len({line.slots for line in found}) > 1
         fixed = sorted((line for line in found if line.alone), key=lambda line: line.milliseconds.mean)
-        if fixed:
-            axes.errorbar(
-                [line.milliseconds.mean for line in fixed],
-                [line.metric.mean for line in fixed],
-                yerr=drawing.errors(line.metric for line in fixed),
-                color=drawing.MUTED,
-                marker="o",
-                capsize=2,
-                label="trained at a fixed depth",
-            )
-            for line in fixed:
-                axes.annotate(
-                    f"{line.steps.mean:g}",
-                    (line.milliseconds.mean, line.metric.mean),
-                    (5, -11),
-                    textcoords="offset points",
-                    color=drawing.MUTED,
-                )
+        for slots in dict.fromkeys(line.slots for line in fixed):
+            own = [line for line in fixed if line.slots == slots]
+            costs, metrics = [line.milliseconds.mean for line in own], [line.metric for line in own]
+            label = "trained at a fixed depth" + (f", {slots} slots" if several else "")
+            drawing.fixed_depths(axes, costs, metrics, [line.steps.mean for line in own], label)
         halting = [line for line in found if not line.alone]
         executors = list(dict.fromkeys(line.executor for line in halting))
         runs = list(dict.fromkeys(line.run for line in halting))
@@ -143,7 +138,7 @@ def picture(rows: Sequence[Row], name: str) -> str:
                 marker=drawing.marker(executors.index(line.executor)),
                 linestyle="none",
                 capsize=2,
-                label=f"{line.run}, {line.executor}",
+                label=f"{line.run}, {line.executor}" + (f", {line.slots} slots" if several else ""),
             )
         axes.set_xscale("log")
         drawing.plain_log_ticks(axes, [line.milliseconds.mean for line in found])

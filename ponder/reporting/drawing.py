@@ -91,6 +91,16 @@ def errors(values: Iterable[Interval]) -> np.ndarray | None:
     return None if np.isnan(halves).any() else halves
 
 
+def fixed_depths(
+    axes: Axes, costs: Sequence[float], metrics: Sequence[Interval], steps: Sequence[float], label: str
+) -> None:
+    """The line of models of fixed depth, by rising cost, each with its number of steps."""
+    means = [metric.mean for metric in metrics]
+    axes.errorbar(costs, means, yerr=errors(metrics), color=MUTED, marker="o", capsize=2, label=label)
+    for cost, mean, depth in zip(costs, means, steps, strict=True):
+        axes.annotate(f"{depth:g}", (cost, mean), (5, -11), textcoords="offset points", color=MUTED)
+
+
 def plain_log_ticks(axes: Axes, values: Sequence[float], few: bool = False) -> None:
     """Over less than two decades the powers of ten alone say too little. `few`: on a narrow drawing."""
     low, high = min(values) / 1.15, max(values) * 1.15

@@ -28,24 +28,8 @@ def against_flops(table: Table, name: str) -> str:
     def draw(axes: Axes) -> None:
         fixed = sorted((line for line in table.lines if line.is_fixed), key=lambda line: line.useful_flops.mean)
         if fixed:
-            costs = [line.useful_flops.mean for line in fixed]
-            axes.errorbar(
-                costs,
-                [line.metric.mean for line in fixed],
-                yerr=drawing.errors(line.metric for line in fixed),
-                color=drawing.MUTED,
-                marker="o",
-                capsize=2,
-                label="fixed depth",
-            )
-            for line, cost in zip(fixed, costs, strict=True):
-                axes.annotate(
-                    f"{line.steps.mean:g}",
-                    (cost, line.metric.mean),
-                    (5, -11),
-                    textcoords="offset points",
-                    color=drawing.MUTED,
-                )
+            costs, metrics = [line.useful_flops.mean for line in fixed], [line.metric for line in fixed]
+            drawing.fixed_depths(axes, costs, metrics, [line.steps.mean for line in fixed], "fixed depth")
         halting = [line for line in shown if not line.is_fixed]
         exits = list(dict.fromkeys(line.exit for line in halting))
         crowded = len(halting) > CROWD
