@@ -95,6 +95,12 @@ def test_pitfall_34_steps_are_those_of_targets_by_brute_force(kv, tmp_path) -> N
     totals = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
     row = evaluation.summarise(totals, config, batch.segments.shape[1])
     assert row["rank_correlation"] == (expected if expected is None else pytest.approx(expected))
+    # Half of the targets of a label that no question has: it is told of these.
+    alone = totals._replace(examples=totals.examples * 0.0, targets_right=totals.targets / 2)
+    alone.examples[-1], label = 1.0, int(np.flatnonzero(totals.targets)[0])
+    assert label < len(alone.examples) - 1 or len(alone.examples) == 1
+    told = {part["difficulty"]: part for part in evaluation.summarise(alone, config, 4)["by_difficulty"]}
+    assert (told[label]["examples"], told[label]["accuracy"]) == (0, 0.5)
     same = np.allclose(sums.run_on_loss, sums.loss.sum(), rtol=1e-4)
     assert same == (kv == "first")  # the gap of the relaxation is there where keys move
     keys = np.asarray(batch.positions) + 1.0
