@@ -102,9 +102,9 @@ def benched() -> Iterator[tuple[list[Any], list[int]]]:
     compiled = []
 
     def timed(run: Any, calls: int) -> profiling.Seconds:
-        compiled.append(run.func.jitted._cache_size())
+        compiled.append(run.func._cache_size())
         _, spent = run()
-        compiled.append(run.func.jitted._cache_size())
+        compiled.append(run.func._cache_size())
         return profiling.Seconds(float(spent[0]), 1.0)
 
     options = bench_halting.Options(
