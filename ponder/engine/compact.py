@@ -1,17 +1,18 @@
-"""Compaction: at every step the rows that still think are gathered into the smallest static width that holds them.
+"""Compaction: at every step the rows that still think stand in the smallest static width that holds them.
 
-For whole sequences: prefill, puzzles, evaluation. The answer is that of the masked reference. One program holds the
-core once for each width of the ladder, and its time follows the mean number of steps of a *row*, which runs as long as
-any of its lanes does.
+For whole sequences: prefill, puzzles, evaluation. The answer is that of the masked reference. Rows only ever stop, so
+the program is a loop for each width of the ladder, the widest first: rows are gathered where one loop ends and the next
+begins, and a step moves nothing. Its time follows the mean number of steps of a *row*, which runs as long as any of its
+lanes does.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from ponder.engine.masked import Loop, advance, begun
 from ponder.engine.rows import check_widths, first, widths_for
@@ -44,52 +45,77 @@ def compact(
     count = mask.shape[0]
     widths = widths_for(count) if widths is None else widths
     check_widths(widths, count)
-    weights = jnp.zeros((steps, *mask.shape), jnp.float32)
 
-    def row_runs(loop: Loop) -> Bool[jax.Array, "B"]:
-        return loop.running.reshape(count, -1).any(axis=1)
+    def row_runs(loop: Loop) -> Bool[jax.Array, "A"]:
+        return loop.running.reshape(len(loop.running), -1).any(axis=1)
 
-    def step_of(width: int) -> Any:
-        def step(loop: Loop, weights: jax.Array, k: Int[jax.Array, ""]) -> tuple[Loop, jax.Array]:
-            rows, which = first(row_runs(loop), width)
-            part = jax.tree.map(lambda leaf: leaf[rows], loop._replace(context=None))
-            part = part._replace(
-                context=None if context is None else loop.context.take(rows),
-                running=part.running & which.reshape(-1, *(1,) * (mask.ndim - 1)),
-            )
-            after, (weight, _) = advance(
+    def walked(walk: Walk, to: jax.Array, below: int) -> Walk:
+        """Steps on the rows `to` of the batch until no more than `below` of them run."""
+        given = x[to], None if together is None else together[to]
+
+        def more(walk: Walk) -> Bool[jax.Array, ""]:
+            return (walk.k <= steps) & (row_runs(walk.loop).sum() > below)
+
+        def step(walk: Walk) -> Walk:
+            loop, (weight, _) = advance(
                 trajectory,
                 rule,
-                x[rows],
-                part,
-                k,
+                given[0],
+                walk.loop,
+                walk.k,
                 key,
                 steps=steps,
-                mask=part.running,
-                together=None if together is None else together[rows],
+                mask=walk.loop.running,
+                together=given[1],
                 freeze=True,
             )
-            to = jnp.where(which, rows, count)
+            return Walk(loop, walk.weights.at[:, walk.k - 1].set(weight), walk.k + 1)
 
-            def put(whole: jax.Array, new: jax.Array) -> jax.Array:
-                return whole.at[to].set(new, mode="drop", unique_indices=True)
+        return jax.lax.while_loop(more, step, walk)
 
-            shown = None if context is None else loop.context.put(to, after.context)
-            whole = jax.tree.map(put, loop._replace(context=None), after._replace(context=None))
-            return whole._replace(context=shown), weights.at[k - 1, to].set(weight, mode="drop", unique_indices=True)
-
-        return step
-
-    sizes = jnp.asarray(widths, jnp.int32)
-    branches = [step_of(width) for width in widths]
-
-    def turn(walk: tuple[Loop, jax.Array, jax.Array]) -> tuple[Loop, jax.Array, jax.Array]:
-        loop, weights, k = walk
-        choice = jnp.searchsorted(sizes, row_runs(loop).sum(dtype=jnp.int32))
-        loop, weights = jax.lax.switch(choice, branches, loop, weights, k)
-        return loop, weights, k + 1
-
-    start = begun(trajectory, rule, state, context, mask, steps), weights, jnp.int32(1)
-    loop, weights, _ = jax.lax.while_loop(lambda walk: (walk[2] <= steps) & walk[0].running.any(), turn, start)
+    rungs = widths[::-1]
+    rows = jnp.arange(count)  # of the batch; `count` where there is none
+    loop = begun(trajectory, rule, state, context, mask, steps)
+    whole = part = Walk(loop, jnp.zeros((count, steps, *mask.shape[1:]), jnp.float32), jnp.int32(1))
+    for width, below in zip(rungs, (*rungs[1:], 0), strict=True):
+        if width < count:
+            chosen, which = first(row_runs(part.loop), width)
+            rows = jnp.where(which, rows[chosen], count)
+            part = taken(part, chosen)
+            running = part.loop.running & which.reshape(-1, *(1,) * (mask.ndim - 1))
+            part = part._replace(loop=part.loop._replace(running=running))
+        part = walked(part, jnp.minimum(rows, count - 1), below)
+        whole = part if width == count else put(whole, rows, part)
+    loop, weights = whole.loop, jnp.moveaxis(whole.weights, 1, 0)
     result = jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype), loop.result, state)
     return Ran(result, None, weights, loop.cost, loop.steps, loop.context)
+
+
+class Walk(NamedTuple):
+    """Some rows of the batch on their way."""
+
+    loop: Loop
+    weights: Float[jax.Array, "A K *t"]
+    k: Int[jax.Array, ""]  # the next step
+
+
+def taken(walk: Walk, rows: Int[jax.Array, "A"]) -> Walk:
+    """Of these rows alone."""
+    context = walk.loop.context
+    loop, weights = jax.tree.map(lambda leaf: leaf[rows], (walk.loop._replace(context=None), walk.weights))
+    return Walk(loop._replace(context=None if context is None else context.take(rows)), weights, walk.k)
+
+
+def put(whole: Walk, rows: Int[jax.Array, "A"], part: Walk) -> Walk:
+    """With `part` at these rows; a row beyond the last is dropped."""
+
+    def one(leaf: jax.Array, new: jax.Array) -> jax.Array:
+        return leaf.at[rows].set(new, mode="drop", unique_indices=True)
+
+    def bare(walk: Walk) -> tuple[Loop, jax.Array]:
+        return walk.loop._replace(context=None), walk.weights
+
+    loop, weights = jax.tree.map(one, bare(whole), bare(part))
+    context = whole.loop.context
+    shown = None if context is None else context.put(rows, part.loop.context)
+    return Walk(loop._replace(context=shown), weights, part.k)
