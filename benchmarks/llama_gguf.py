@@ -86,13 +86,13 @@ def write(path: Path, leaves: dict[str, np.ndarray], context: int) -> None:
 class Decoder:
     """Greedy tokens of equally long prompts, decoded at once."""
 
-    def __init__(self, path: Path, prompts: list[list[int]], new: int):
+    def __init__(self, path: Path, prompts: list[list[int]], new: int, threads: int):
         llama_cpp.llama_backend_init()
         llama_cpp.llama_log_set(SILENT, None)
         self.prompts, self.new, self.rows = prompts, new, len(prompts)
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
-        asked, threads = len(prompts[0]), len(os.sched_getaffinity(0))
+        asked = len(prompts[0])
         params.n_ctx = self.rows * (asked + new)
         params.n_batch = params.n_ubatch = self.rows * asked
         params.n_seq_max = self.rows
@@ -135,6 +135,12 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="an export of ponder, .npz")
     parser.add_argument("--prompts", required=True, help="JSON: lists of ids, equally long")
     parser.add_argument("--new", type=int, default=128, help="new tokens")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="one may be faster than all: at every product they wait for each other, and poll",
+    )
     parser.add_argument("--wait", action="store_true", help="one turn for each line on stdin")
     options = parser.parse_args()
     with open(options.prompts) as file:
@@ -142,8 +148,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write(path, weights.read(options.weights), len(prompts[0]) + options.new)
-        generate = Decoder(path, prompts, options.new)
-    print(json.dumps({"name": f"llama.cpp {llama_cpp.__version__}, f32", "ids": generate()}), flush=True)
+        generate = Decoder(path, prompts, options.new, options.threads)
+    print(
+        json.dumps({"name": f"llama.cpp {llama_cpp.__version__}, f32, {options.threads} threads", "ids": generate()}),
+        flush=True,
+    )
     for calls in map(int, sys.stdin) if options.wait else [1] * 5:
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(calls):

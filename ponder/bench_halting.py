@@ -42,7 +42,7 @@ Row = dict[str, Any]
 Exits = Literal["geometric", "bimodal", "straggler", "none"]
 Build = Literal["core", "prelude+coda", "forward"]
 LAYERS = {"core": 0, "prelude+coda": 1}
-EXECUTORS = ("fixed", "masked", "sync", "refill", "speculative")
+EXECUTORS = ("fixed", "masked", "sync", "compaction", "refill", "speculative")
 MEAN = 4.0
 """Steps of a lane where exits are made up."""
 
@@ -96,8 +96,12 @@ class Asked(NamedTuple):
         """Those that differ on such a model."""
         if isinstance(self.rule, Fixed) and self.plan is None:
             return EXECUTORS[:1]
-        drafts = self.config.kv == "first" and self.config.steps > 1
-        return tuple(name for name in EXECUTORS if drafts or name != "speculative")
+        left_out = set[str]()
+        if self.config.kv != "first":
+            left_out |= {"compaction", "speculative"}
+        if self.config.steps == 1:
+            left_out |= {"speculative"}
+        return tuple(name for name in EXECUTORS if name not in left_out)
 
 
 def bench(options: Options, repeats: int) -> list[Row]:

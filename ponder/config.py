@@ -125,6 +125,9 @@ class Evaluation:
     """Measures that become exits of the table beside the rule's own, each at a threshold calibrated to `risk`."""
     risk: float = 0.01
     """Share of questions that a readout may break (Learn then Test on the calibration split, 95 %)."""
+    compaction: bool = False
+    """Answer by compaction (`ponder.engine.compact`), whose seconds follow the steps of the mean row, in place of the
+    reference, which takes all K. What stopped lanes would do if they ran on is then not measured."""
 
 
 @dataclass(frozen=True)
@@ -290,6 +293,10 @@ def validate(config: Config) -> None:
             f"evaluation.rows is {config.evaluation.rows}: at least 1, or None for all",
         ),
         (0 < config.evaluation.risk < 1, f"evaluation.risk is {config.evaluation.risk}: between 0 and 1"),
+        (
+            not (config.evaluation.compaction and config.mesh.data > 1),
+            f"evaluation.compaction with mesh.data={config.mesh.data}: rows would move between devices, use one",
+        ),
         *_of_walk(config),
         (config.checkpoint.keep_last >= 1, f"checkpoint.keep_last is {config.checkpoint.keep_last}: at least 1"),
         (

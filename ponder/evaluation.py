@@ -41,8 +41,8 @@ class Sums(NamedTuple):
     keys: Float[Array, ""]  # what they see, summed over lanes
     step_keys: Float[Array, ""]  # and summed over lane steps
     padding: Float[Array, ""]  # every other lane
-    run_on_loss: Float[Array, ""]  # of the answer at the stop when stopped lanes run on, summed over targets
-    expected_loss: Float[Array, ""]  # the training objective's task loss, summed over targets
+    run_on_loss: Float[Array, ""] | None  # of the answer at the stop when stopped lanes run on, summed over targets
+    expected_loss: Float[Array, ""] | None  # the training objective's task loss, summed; both None if by compaction
     choices: Float[Array, ""] | None = None  # of a routed trajectory, over all lanes: see `protocols.Routed`
     agreed: Float[Array, ""] | None = None
     stops: Float[Array, "D K1"] | None = None  # targets by label and steps, 0 to K
@@ -61,7 +61,7 @@ Answers = dict[str, tuple[Sums, Lanes]]
 def make_evaluate_step(graphdef: Any, config: Config) -> Callable[[Any, Batch, jax.Array, Any], Answers]:
     """`(params, batch, key, i) -> {exit: (Sums, Lanes)}`, one program for all exits. Batch i: `fold_in(key, i)`."""
     difficulties = config.task.difficulties
-    by_target = config.task.unit == "bits"
+    by_target, compaction = config.task.unit == "bits", config.evaluation.compaction
 
     def evaluate_step(params: Any, batch: Batch, key: jax.Array, i: Any) -> Answers:
         key = jax.random.fold_in(key, i)
@@ -71,8 +71,11 @@ def make_evaluate_step(graphdef: Any, config: Config) -> Callable[[Any, Batch, j
         answers = {}
         for exit in config.rule.exits:
             rule = config.rule.exiting(exit)
-            frozen = predict(model, rule, batch, key, unroll=config.model.unroll)
-            _, run_on = ponder_loss(model, rule, batch, key, freeze=False, unroll=config.model.unroll)
+            frozen = predict(model, rule, batch, key, unroll=config.model.unroll, compaction=compaction)
+            run_on = None
+            if not compaction:
+                _, run_on = ponder_loss(model, rule, batch, key, freeze=False, unroll=config.model.unroll)
+            routed = None if run_on is None else run_on.routed
             target = batch.weights.ravel()
             label = batch.difficulty.ravel()
 
@@ -98,10 +101,10 @@ def make_evaluate_step(graphdef: Any, config: Config) -> Callable[[Any, Batch, j
                     keys=jnp.sum(keys * mask),
                     step_keys=jnp.sum(keys * frozen.steps if frozen.routed is None else frozen.routed.keys),
                     padding=jnp.sum(1.0 - mask),
-                    run_on_loss=jnp.sum(run_on.stop_loss * batch.weights),
-                    expected_loss=jnp.sum(run_on.task_loss * batch.weights),
-                    choices=None if run_on.routed is None else jnp.sum(run_on.routed.choices),
-                    agreed=None if run_on.routed is None else jnp.sum(run_on.routed.agreed),
+                    run_on_loss=None if run_on is None else jnp.sum(run_on.stop_loss * batch.weights),
+                    expected_loss=None if run_on is None else jnp.sum(run_on.task_loss * batch.weights),
+                    choices=None if routed is None else jnp.sum(routed.choices),
+                    agreed=None if routed is None else jnp.sum(routed.agreed),
                     stops=jnp.zeros((difficulties, config.model.steps + 1))
                     .at[label, frozen.steps.ravel()]
                     .add(target, mode="drop"),
@@ -249,8 +252,6 @@ def summarise(sums: Any, config: Config, length: int) -> Row:
         "accuracy": float(sums.right.sum() / examples),
         "token_accuracy": float(sums.targets_right.sum() / targets),
         "loss": float(sums.loss.sum() / targets),
-        "run_on_loss": float(sums.run_on_loss / targets),
-        "expected_loss": float(sums.expected_loss / targets),
         "steps": float(sums.steps.sum() / targets),
         "useful_flops": useful / float(examples),
         "spent_flops": spent / float(examples),
@@ -268,6 +269,9 @@ def summarise(sums: Any, config: Config, length: int) -> Row:
             for d in np.flatnonzero(sums.targets)
         ],
     }
+    if sums.run_on_loss is not None:
+        row["run_on_loss"] = float(sums.run_on_loss / targets)
+        row["expected_loss"] = float(sums.expected_loss / targets)
     if sums.stops is not None:
         row["rank_correlation"] = _rank_correlation(np.asarray(sums.stops, np.int64))
     if sums.choices is not None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from rich.console import Console
+from rich.progress import track
 
 
 class Seconds(NamedTuple):
@@ -36,11 +38,13 @@ def round_robin(turns: Mapping[str, Callable[[], Seconds]], repeats: int) -> dic
     Each time round begins one further on, so that nobody always follows the one that leaves the caches coldest.
     """
     taken: dict[str, list[Seconds]] = {name: [] for name in turns}
-    names = list(turns)
-    for i in range(repeats):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            taken[name].append(turns[name]())
+    names, console = list(turns), Console(stderr=True)
+    firsts = (i % len(names) for i in range(repeats))
+    order = [name for first in firsts for name in names[first:] + names[:first]]
+    # Drawn between turns alone: a thread that draws would be measured with them.
+    hidden = not console.is_terminal
+    for name in track(order, "turns", console=console, disable=hidden, transient=True, auto_refresh=False):
+        taken[name].append(turns[name]())
     return taken
 
 

@@ -361,11 +361,11 @@ class Console:
     def evaluation(self, row: Row) -> None:
         """Show one evaluation row."""
         metric = "bits_per_byte" if "bits_per_byte" in row else "accuracy"
+        run_on = f"  run-on loss {row['run_on_loss']:.4f}" if "run_on_loss" in row else ""
         agreement = f"  router agreement {row['router_agreement']:.3f}" if "router_agreement" in row else ""
         self.note(
             f"step {row['step']}  {row['split']}  {row['exit']}  {metric.replace('_', ' ')} {row[metric]:.4f}  "
-            f"loss {row['loss']:.4f}  run-on loss {row['run_on_loss']:.4f}  steps {row['steps']:.2f}"
-            f"{agreement}"
+            f"loss {row['loss']:.4f}{run_on}  steps {row['steps']:.2f}{agreement}"
         )
 
     def conclude(

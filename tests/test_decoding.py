@@ -94,6 +94,7 @@ CASES = {
     ("case", "executor"),
     [(case, executor) for case in CASES for executor in ("refill", "masked")]
     + [("first", "sync"), ("depth", "sync")]
+    + [(case, "compaction") for case in ("first", "act", "margin")]
     + [(case, "speculative") for case in CASES if CASES[case][0].kv == "first"],
 )
 def test_every_executor_writes_what_the_reference_writes_alone(case: str, executor: Any) -> None:
@@ -394,6 +395,10 @@ def test_no_cache_is_copied_within_the_loop() -> None:
         (lambda: answered(asked_of(), slots=0), "slots=0"),
         (lambda: answered(asked_of(), together=4), r"together=4: must be in 1\.\.3"),
         (lambda: answered(asked_of(), widths=(1, 2)), "end with the number of rows, 3"),
+        (
+            lambda: answered(asked_of(), built(dataclasses.replace(MODEL, kv="depth")), executor="compaction"),
+            'compaction needs kv="first"',
+        ),
         (lambda: answered(asked_of(), control=Free(stop=(11,))), "stop token 11: the vocabulary has ids 0 to 10"),
         (lambda: answered(asked_of(), control=Insist((1,), ())), "insisting needs"),
         (lambda: answered(asked_of(), built(dataclasses.replace(MODEL, causal=False))), "needs a causal model"),

@@ -73,6 +73,23 @@ def test_rows_do_not_depend_on_how_the_split_is_batched(made, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kv", ["first", "depth"])
+def test_by_compaction_rows_are_those_of_the_reference(kv, tmp_path) -> None:
+    """But for what stopped lanes would do if they ran on, which is not measured."""
+    rows = []
+    for compaction in (False, True):
+        config = tiny.config(model__kv=kv, model__steps=3, evaluation__compaction=compaction)
+        run = compile_program(config, sharding.make_mesh(config.mesh))
+        state = jax.tree.map(lambda leaf: leaf * 3 if leaf.dtype == jnp.float32 else leaf, run.initial_state())
+        found = evaluation.HeldOut(run, str(tmp_path)).evaluate("validation", state, 3, 50)
+        rows.append(next(row for row in found if row["exit"] == "quantile"))
+    reference, compacted = rows
+    assert 1 < reference["steps"] < 3
+    assert set(reference) - set(compacted) == {"run_on_loss", "expected_loss"}
+    for name in ("examples", "accuracy", "token_accuracy", "loss", "steps", "useful_flops", "spent_flops"):
+        assert compacted[name] == pytest.approx(reference[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("kv", ["first", "depth"])
 def test_pitfall_34_steps_are_those_of_targets_by_brute_force(kv, tmp_path) -> None:
     """Lane by lane out of `predict` and `ponder_loss`, which other tests hold to float64."""
     config = tiny.config(model__kv=kv, model__steps=3)

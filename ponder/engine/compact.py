@@ -1,13 +1,13 @@
 """Compaction: at every step the rows that still think stand in the smallest static width that holds them.
 
-For whole sequences: prefill, puzzles, evaluation. The answer is that of the masked reference. Rows only ever stop, so
-the program is a loop for each width of the ladder, the widest first: rows are gathered where one loop ends and the next
-begins, and a step moves nothing. Its time follows the mean number of steps of a *row*, which runs as long as any of its
-lanes does.
+For whole sequences: prefill, puzzles, evaluation. The answer is that of the masked reference. One program holds the
+core once for each width of the ladder (`ponder.engine.rows.descend`), and its time follows the mean number of steps of
+a *row*, which runs as long as any of its lanes does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +15,17 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from ponder.engine.masked import Loop, advance, begun
-from ponder.engine.rows import check_widths, first, widths_for
+from ponder.engine.rows import check_widths, descend, widths_for
 from ponder.errors import UserError
 from ponder.protocols import Ran, Rule, State, Trajectory
+
+
+class Walk(NamedTuple):
+    """Some rows of the batch on their way."""
+
+    loop: Loop
+    weights: Float[jax.Array, "A K *t"]
+    k: Int[jax.Array, ""]  # the next step
 
 
 def compact(
@@ -46,15 +54,12 @@ def compact(
     widths = widths_for(count) if widths is None else widths
     check_widths(widths, count)
 
-    def row_runs(loop: Loop) -> Bool[jax.Array, "A"]:
-        return loop.running.reshape(len(loop.running), -1).any(axis=1)
+    def runs(walk: Walk) -> Bool[jax.Array, "A"]:
+        running = walk.loop.running
+        return running.reshape(len(running), -1).any(axis=1) & (walk.k <= steps)
 
-    def walked(walk: Walk, to: jax.Array, below: int) -> Walk:
-        """Steps on the rows `to` of the batch until no more than `below` of them run."""
-        given = x[to], None if together is None else together[to]
-
-        def more(walk: Walk) -> Bool[jax.Array, ""]:
-            return (walk.k <= steps) & (row_runs(walk.loop).sum() > below)
+    def step_of(rows: Int[jax.Array, "A"]) -> Callable[[Walk], Walk]:
+        given = x[rows], None if together is None else together[rows]
 
         def step(walk: Walk) -> Walk:
             loop, (weight, _) = advance(
@@ -71,39 +76,23 @@ def compact(
             )
             return Walk(loop, walk.weights.at[:, walk.k - 1].set(weight), walk.k + 1)
 
-        return jax.lax.while_loop(more, step, walk)
+        return step
 
-    rungs = widths[::-1]
-    rows = jnp.arange(count)  # of the batch; `count` where there is none
     loop = begun(trajectory, rule, state, context, mask, steps)
-    whole = part = Walk(loop, jnp.zeros((count, steps, *mask.shape[1:]), jnp.float32), jnp.int32(1))
-    for width, below in zip(rungs, (*rungs[1:], 0), strict=True):
-        if width < count:
-            chosen, which = first(row_runs(part.loop), width)
-            rows = jnp.where(which, rows[chosen], count)
-            part = taken(part, chosen)
-            running = part.loop.running & which.reshape(-1, *(1,) * (mask.ndim - 1))
-            part = part._replace(loop=part.loop._replace(running=running))
-        part = walked(part, jnp.minimum(rows, count - 1), below)
-        whole = part if width == count else put(whole, rows, part)
-    loop, weights = whole.loop, jnp.moveaxis(whole.weights, 1, 0)
+    walk = Walk(loop, jnp.zeros((count, steps, *mask.shape[1:]), jnp.float32), jnp.int32(1))
+    walk = descend(widths, walk, runs=runs, step_of=step_of, take=take, put=put)
+    loop, weights = walk.loop, jnp.moveaxis(walk.weights, 1, 0)
     result = jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype), loop.result, state)
     return Ran(result, None, weights, loop.cost, loop.steps, loop.context)
 
 
-class Walk(NamedTuple):
-    """Some rows of the batch on their way."""
-
-    loop: Loop
-    weights: Float[jax.Array, "A K *t"]
-    k: Int[jax.Array, ""]  # the next step
-
-
-def taken(walk: Walk, rows: Int[jax.Array, "A"]) -> Walk:
-    """Of these rows alone."""
+def take(walk: Walk, rows: Int[jax.Array, "A"], which: Bool[jax.Array, "A"]) -> Walk:
+    """Of these rows alone, which run where `which`."""
     context = walk.loop.context
     loop, weights = jax.tree.map(lambda leaf: leaf[rows], (walk.loop._replace(context=None), walk.weights))
-    return Walk(loop._replace(context=None if context is None else context.take(rows)), weights, walk.k)
+    running = loop.running & which.reshape(-1, *(1,) * (loop.running.ndim - 1))
+    loop = loop._replace(running=running, context=None if context is None else context.take(rows))
+    return Walk(loop, weights, walk.k)
 
 
 def put(whole: Walk, rows: Int[jax.Array, "A"], part: Walk) -> Walk:

@@ -1,8 +1,8 @@
 """Prompts to tokens with a trained model, by one of the decoding executors: one compiled program, no visit to the host.
 
 All of them write the same tokens. They differ in seconds: `refill` takes as long as the mean lane thinks, `sync` as
-long as the slowest of the slots, `masked` K steps for everybody. `speculative` writes the same greedy tokens, and draws
-others of the same distribution.
+long as the slowest of the slots, `compaction` too, on ever fewer of them, `masked` K steps for everybody. `speculative`
+writes the same greedy tokens, and draws others of the same distribution.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ponder.models.keeping import KEEPING, Keeping
 from ponder.models.transformer import Transformer
 from ponder.protocols import Rule
 
-Executor = Literal["refill", "sync", "masked", "speculative"]
+Executor = Literal["refill", "sync", "masked", "compaction", "speculative"]
 FREE, GREEDY, DRAFT = Free(), Sampling(), Draft()
 
 
@@ -86,7 +86,8 @@ def program(
       rule: at inference, with the exit it should stop by. A rule of fixed depth runs all steps of the model.
       length: S, positions that the cache has room for. `ponder.engine.rollout.requests` checks prompts against it.
       new: N, most new tokens of any request.
-      slots: B. widths: the batches in which stopped slots leave the core, `refill` alone (`widths_for`).
+      slots: B. widths: of `refill`, the batches in which stopped slots leave the core, and of `compaction`, those of
+        slots that still think (`widths_for`).
       together: slots filled at once, and free ones waited for; default an eighth of the slots.
       samples: G, where that many requests of each problem follow one another. A prompt is then read once for those that
         are filled in together, and only a G-th as many prompts have a place in that program.
@@ -117,6 +118,11 @@ def program(
     control.check(model.embedding[...].shape[0])
     if executor not in get_args(Executor):
         raise UserError(f"there is no executor {executor!r}: there are {', '.join(get_args(Executor))}")
+    if executor == "compaction" and model.config.kv != "first":
+        raise UserError(
+            f'compaction needs kv="first", whose keys no step writes: this model has kv="{model.config.kv}", decode it '
+            "by refill"
+        )
     if executor == "speculative":
         draft.check(model.config)
 
@@ -128,8 +134,9 @@ def program(
         engine = Engine(decoder, rule, control, sampling, requests, key, slots, together, reads, plan)
         loops = {
             "refill": lambda: refill(engine, new, widths),
-            "sync": lambda: lockstep(engine, new, early=True),
-            "masked": lambda: lockstep(engine, new, early=False),
+            "sync": lambda: lockstep(engine, new, "sync"),
+            "masked": lambda: lockstep(engine, new, "masked"),
+            "compaction": lambda: lockstep(engine, new, "compaction", widths),
             "speculative": lambda: speculative(engine, new, draft),
         }
         loop = loops[executor]()

@@ -1,24 +1,33 @@
 """All slots at the same step of their own tokens: what depth-wise refill is measured against.
 
 `masked` runs all K steps and freezes who has stopped: the reference, and with rule `Fixed` the decoder of fixed depth.
-`sync` goes on to the next token as soon as the slowest slot has stopped. Free slots are filled between tokens.
+`sync` goes on to the next token as soon as the slowest slot has stopped; `compaction` does so, too, and gathers the
+slots that still think into ever smaller widths meanwhile. Free slots are filled between tokens.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
+from ponder.engine.rows import check_widths, descend
 from ponder.engine.slots import Engine, Loop, Slots
 from ponder.models.cached import Cache
 
-Walk = tuple[Slots, Cache, Bool[Array, "B"], Array]
+Walk = tuple[Slots, Cache, Bool[Array, "_"], Array]
+Executor = Literal["masked", "sync", "compaction"]
 
 
-def lockstep(engine: Engine, new: int, *, early: bool) -> Loop:
-    """Answer all requests. `new`: N, most new tokens of one. `early`: stop with the slowest slot, not after K steps."""
+def lockstep(engine: Engine, new: int, executor: Executor, widths: tuple[int, ...] = ()) -> Loop:
+    """Answer all requests. `new`: N, most new tokens of one. `widths`: of compaction, which needs kv="first".
+
+    Raises UserError on widths that do not fit."""
     steps = engine.decoder.steps
+    if executor == "compaction":
+        check_widths(widths, engine.slots)
 
     def token(loop: Loop) -> Loop:
         live = engine.live(loop.slots)
@@ -29,10 +38,12 @@ def lockstep(engine: Engine, new: int, *, early: bool) -> Loop:
             return slots, cache, running & ~stop, ticks + 1
 
         walk = (loop.slots, loop.cache, live, loop.ticks)
-        if early:
+        if executor == "masked":
+            walk = jax.lax.fori_loop(0, steps, lambda _, walk: step(walk), walk)
+        elif executor == "sync":
             walk = jax.lax.while_loop(lambda walk: walk[2].any(), step, walk)
         else:
-            walk = jax.lax.fori_loop(0, steps, lambda _, walk: step(walk), walk)
+            walk = descend(widths, walk, runs=lambda walk: walk[2], step_of=lambda _: step, take=take, put=put)
         slots, cache, _, ticks = walk
         everywhere = jnp.arange(engine.slots, dtype=jnp.int32)
         place = jnp.where(live, slots.position, engine.decoder.length)
@@ -48,3 +59,20 @@ def lockstep(engine: Engine, new: int, *, early: bool) -> Loop:
         )
 
     return jax.lax.while_loop(engine.more, until_there_is_room, engine.start(new))
+
+
+def take(walk: Walk, places: Int[Array, "A"], which: Bool[Array, "A"]) -> Walk:
+    """Of these slots alone, and what of the cache a step reads."""
+    slots, cache, running, ticks = walk
+    slots, core = jax.tree.map(lambda leaf: leaf[places], (slots, cache.core))
+    return slots, cache._replace(core=core), running[places] & which, ticks
+
+
+def put(whole: Walk, rows: Int[Array, "A"], part: Walk) -> Walk:
+    """With the slots of `part`; the cache is as it was."""
+
+    def one(leaf: Array, new: Array) -> Array:
+        return leaf.at[rows].set(new, mode="drop", unique_indices=True)
+
+    slots, running = jax.tree.map(one, (whole[0], whole[2]), (part[0], part[2]))
+    return slots, whole[1], running, part[3]

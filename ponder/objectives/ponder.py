@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from ponder.data.batch import Batch
 from ponder.engine import depth
 from ponder.engine import together as groups
 from ponder.engine.anderson import Solved
+from ponder.engine.compact import compact
 from ponder.engine.fixed_point import settle
 from ponder.engine.masked import Moment, masked, select
 from ponder.objectives.language import correct, cross_entropy
@@ -164,13 +166,18 @@ def predict(
     *,
     steps: int | None = None,
     unroll: bool = True,
+    compaction: bool = False,
 ) -> Outcome:
-    """Inference by the reference executor: lanes stop by `rule`'s exit, stay frozen, and are read out once.
+    """Inference: lanes stop by `rule`'s exit, stay frozen, and are read out once. By the reference executor, or with
+    `compaction` by `ponder.engine.compact`, which leaves out the rows whose lanes have all stopped.
 
     `task_loss` and `stop_loss` are both the cross entropy of that one answer. Their distance to `ponder_loss(...,
     freeze=False)` is what the run-on relaxation hides: against its `stop_loss` the same exit is compared.
     """
-    ran = run(trajectory, rule, batch, key, freeze=True, steps=steps, unroll=unroll, remat=False)
+    if compaction:
+        ran = run(trajectory, rule, batch, key, executor=compact, steps=steps)
+    else:
+        ran = run(trajectory, rule, batch, key, freeze=True, steps=steps, unroll=unroll, remat=False)
     return _read_out(trajectory, ran, batch)
 
 
@@ -183,10 +190,10 @@ def run(
     before: jax.Array | None = None,
     start: Midway | None = None,
     fixed_point: FixedPoint | None = None,
-    observe: Any = None,
+    executor: Callable[..., Ran] = masked,
     **options: Any,
 ) -> Ran:
-    """Embed, prelude and steps on the lanes that think; `options` as in `ponder.engine.masked.masked`."""
+    """Embed, prelude and steps on the lanes that think; `options` are those of the executor."""
     begin_key, think_key = jax.random.split(key)
     context = trajectory.context(batch.segments, batch.positions)
     state, x, context = trajectory.begin(trajectory.embed(batch.inputs), context, begin_key)
@@ -205,9 +212,7 @@ def run(
         think_key, settle_key = jax.random.split(think_key)
         solved = settle(trajectory, x, state, context, mask, fixed_point, settle_key)
         state, options["before"] = solved.state, 1  # at least; from the second on the steps are the same
-    ran = masked(
-        trajectory, rule, x, state, context, think_key, mask=mask, together=together, observe=observe, **options
-    )
+    ran = executor(trajectory, rule, x, state, context, think_key, mask=mask, together=together, **options)
     if start is not None and reach(rule) == "next":
         taken = len(ran.weight)
         ahead_key = jax.random.fold_in(think_key, taken + 1)

@@ -145,7 +145,7 @@ def learning_curves(table: Table, runs: Sequence[Run], name: str) -> str:
 
 def with_gap(table: Table) -> list[Line]:
     """Arms and exits whose gap does not round to nothing: there is none where stopped lanes are not seen by others."""
-    return [line for line in table.lines if not line.is_fixed and abs(line.gap.mean) >= GAP]
+    return [line for line in table.lines if line.gap and not line.is_fixed and abs(line.gap.mean) >= GAP]
 
 
 def gaps(table: Table, name: str) -> str:
@@ -155,6 +155,7 @@ def gaps(table: Table, name: str) -> str:
     def draw(axes: Axes) -> None:
         axes.axvline(0, color=drawing.MUTED, linewidth=1)
         for i, line in enumerate(lines):
+            assert line.gap is not None
             hue = drawing.hue(table, line.arm)
             axes.errorbar([line.gap.mean], [i], xerr=drawing.errors([line.gap]), color=hue, marker="o", capsize=2)
         axes.set_yticks(range(len(lines)), [f"{line.arm}, {line.exit}" for line in lines])

@@ -84,7 +84,7 @@ def columns(table: Table) -> list[Column]:
         Column(
             "run-on gap",
             "loss of run-on training minus loss of frozen inference, nats",
-            lambda line: difference(line.gap, 4),
+            lambda line: difference(line.gap, 4) if line.gap else "",
         ),
     ]
     if any(line.broken for line in table.lines):

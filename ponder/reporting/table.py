@@ -49,7 +49,7 @@ class Line:
     steps: Interval
     useful_flops: Interval
     spent_flops: Interval
-    gap: Interval
+    gap: Interval | None
     """Loss of run-on training minus that of frozen inference, nats."""
     versus: Interval | None
     """Difference to the frontier of fixed depths at equal inference FLOPs, paired by seed."""
@@ -213,6 +213,10 @@ def _line(
     def interval(of: Callable[[dict[str, Any]], float]) -> Interval:
         return statistics.mean_interval(of(row) for row in rows.values())
 
+    def shared(field: str, of: Callable[[dict[str, Any]], float]) -> Interval | None:
+        """None where it was not measured."""
+        return interval(of) if all(field in row for row in rows.values()) else None
+
     flops = _mean(run.training_flops for run in runs)
     return Line(
         arm=arm,
@@ -224,11 +228,11 @@ def _line(
         steps=interval(lambda row: row["steps"]),
         useful_flops=interval(lambda row: row["useful_flops"]),
         spent_flops=interval(lambda row: row["spent_flops"]),
-        gap=interval(lambda row: row["run_on_loss"] - row["loss"]),
+        gap=shared("run_on_loss", lambda row: row["run_on_loss"] - row["loss"]),
         versus=versus,
         versus_why=why,
         versus_parts=versus_parts,
-        broken=interval(lambda row: row["broken"]) if all("broken" in row for row in rows.values()) else None,
+        broken=shared("broken", lambda row: row["broken"]),
         extrapolation=statistics.mean_interval(row[metric.field] for row in beyond.values()) if beyond else None,
         training_flops=flops,
         training_ratio=flops / reference,
