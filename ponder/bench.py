@@ -18,7 +18,7 @@ a time. The peer has the same weights and prompts, and its tokens are compared; 
 depth: a training step whose lanes stop early, and one with a truncated gradient; see `ponder.bench_depth`.
 
 halting: what halting saves on the clock. The same requests are decoded by each executor in turns; see
-`ponder.bench_halting`. Of trained runs --output=F.json also writes a table over seeds, F.md, and a picture, F.svg.
+`ponder.bench_halting`. Of trained runs --output=F.json also writes a picture, F.svg, and its table is over seeds.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import rich.console
-import rich.table
 import tyro
 from etils import epy
 
@@ -58,7 +56,7 @@ with epy.lazy_imports():  # `--help` needs none of these
 
     from ponder import models, profiling
     from ponder.objectives import ponder as objective
-    from ponder.reporting import clock
+    from ponder.reporting import benches, clock
 
 Row = dict[str, Any]
 
@@ -72,7 +70,7 @@ class Options(bench_halting.Options):
     calls: int = 2
     """Training steps a turn."""
     output: str | None = None
-    """Write the rows as JSON here."""
+    """Write the rows as JSON here, F.json, and the table beside it, F.md."""
 
 
 @dataclass(frozen=True)
@@ -228,124 +226,20 @@ def check_output(path: Path) -> None:
         raise UserError(f"--output={path} cannot be written ({error.strerror})") from error
 
 
-def show(rows: list[Row]) -> None:
-    table = rich.table.Table(
-        "row",
-        "tok/s",
-        "ms a step",
-        "range",
-        "CPU ms",
-        "GFLOP/s",
-        "compile s",
-        "temp MiB",
-        "peak MiB",
-        "headline is faster",
-    )
-    for row in rows:
-        mebibytes = (f"{row[key] / 2**20:.0f}" if key in row else "-" for key in ("temporary_bytes", "peak_bytes"))
-        table.add_row(
-            row["name"],
-            f"{row['tokens_per_second']:.0f}",
-            f"{row['seconds'] * 1e3:.0f}",
-            f"{row['seconds_least'] * 1e3:.0f}-{row['seconds_most'] * 1e3:.0f}",
-            f"{row['cpu_seconds'] * 1e3:.0f}",
-            f"{row['flops_per_second'] / 1e9:.0f}",
-            f"{row['compile_seconds']:.1f}" if "compile_seconds" in row else "-",
-            *mebibytes,
-            f"{row['times_slower']:.2f} x",
-        )
-    console = rich.console.Console()
-    # A file has no width, and a table cut to 80 columns cannot be read.
-    (console if console.is_terminal else rich.console.Console(width=140)).print(table)
-
-
-def show_decode(rows: list[Row]) -> None:
-    table = rich.table.Table("row", "batch", "tok/s", "ms", "range", "CPU ms", "of the peer's speed", "same tokens")
-    for row in rows:
-        table.add_row(
-            row["name"],
-            str(row["batch"]),
-            f"{row['tokens_per_second']:.0f}",
-            f"{row['seconds'] * 1e3:.0f}",
-            f"{row['seconds_least'] * 1e3:.0f}-{row['seconds_most'] * 1e3:.0f}",
-            f"{row['cpu_seconds'] * 1e3:.0f}",
-            "-" if row["times_faster"] is None else f"{row['times_faster']:.2f} x",
-            "-" if row["tokens_equal"] is None else f"{row['tokens_equal']:.4f}",
-        )
-    console = rich.console.Console()
-    (console if console.is_terminal else rich.console.Console(width=140)).print(table)
-
-
-def show_depth(rows: list[Row]) -> None:
-    table = rich.table.Table("row", "ms", "of all steps", "range", "ideal", "of the ideal")
-    for row in rows:
-        table.add_row(
-            row["name"],
-            f"{row['seconds'] * 1e3:.0f}",
-            f"{row['ratio']:.3f}",
-            f"{row['ratio_least']:.3f}-{row['ratio_most']:.3f}",
-            f"{row['ideal_ratio']:.3f}",
-            f"{row['of_ideal']:.2f} x",
-        )
-    console = rich.console.Console()
-    (console if console.is_terminal else rich.console.Console(width=140)).print(table)
-
-
-def show_halting(rows: list[Row]) -> None:
-    columns: tuple[str, ...] = (
-        "executor",
-        "model",
-        "keys",
-        "exits",
-        "slots",
-        "requests",
-        "steps",
-        "ideal",
-        "of fixed",
-        "range",
-    )
-    columns += ("CPU", "ticks", "us a tick", "fixed", "MiB", "equal", "accuracy")
-    table = rich.table.Table(*(rich.table.Column(name, no_wrap=True) for name in columns))
-    for row in rows:
-        table.add_row(
-            row["executor"],
-            row["model"],
-            row["kv"],
-            row["exits"],
-            str(row["slots"]),
-            str(row["requests"]),
-            f"{row['mean_steps']:.2f}",
-            f"{row['ideal_ratio']:.3f}",
-            f"{row['ratio_to_fixed']:.3f}",
-            f"{row['ratio_least']:.3f}-{row['ratio_most']:.3f}",
-            f"{row['cpu_ratio_to_fixed']:.3f}",
-            str(row["ticks"]),
-            f"{row['us_per_tick']:.0f}",
-            f"{row['us_per_tick_fixed']:.0f}",
-            f"{row['cache_mib']:.1f}" if "cache_mib" in row else "-",
-            "-" if row["tokens_equal"] is None else "yes" if row["tokens_equal"] else f"{row['divergences']} differ",
-            "-" if row["accuracy"] is None else f"{row['accuracy']:.4f}",
-        )
-    console = rich.console.Console()
-    (console if console.is_terminal else rich.console.Console(width=180)).print(table)
-
-
 def body(options: Options) -> int:
     if options.output:
         check_output(Path(options.output))
     if options.command == "train":
         without_cache()
         rows = bench_train(options, ROWS)
-        show(rows)
     elif options.command == "decode":
         rows = bench_decode.bench(options.repeats, options.peer)
-        show_decode(rows)
     elif options.command == "depth":
         rows = bench_depth.bench(options.repeats, options.d_model, options.steps)
-        show_depth(rows)
     else:
         rows = bench_halting.bench(options, options.repeats)
-        show_halting(rows)
+    columns = benches.TABLES[options.command]
+    benches.show(rows, columns)
     if options.output:
         about = {
             "hardware": records.hardware(),
@@ -355,10 +249,12 @@ def body(options: Options) -> int:
             "rows": rows,
         }
         Path(options.output).write_text(json.dumps(about, indent=1))
-        if options.command == "halting" and options.workdir:
-            facts = [("command", f"`{shlex.join(['python', '-m', 'ponder.bench', *sys.argv[1:]])}`")]
-            facts += [(name, str(about[name])) for name in ("commit", "hardware")]
-            Path(options.output).with_suffix(".md").write_text(clock.markdown(rows, facts))
+        facts = [("command", f"`{shlex.join(['python', '-m', 'ponder.bench', *sys.argv[1:]])}`")]
+        facts += [(name, str(about[name])) for name in ("commit", "hardware")]
+        trained = options.command == "halting" and options.workdir
+        table = clock.markdown(rows, facts) if trained else benches.markdown(rows, columns, facts)
+        Path(options.output).with_suffix(".md").write_text(table)
+        if trained:
             Path(options.output).with_suffix(".svg").write_text(clock.picture(rows, Path(options.output).stem))
     return 0
 

@@ -12,6 +12,7 @@ import pytest
 
 from ponder import bench, bench_decode
 from ponder.errors import UserError
+from ponder.reporting import benches
 
 TOY = dataclasses.replace(bench_decode.MODEL, d_model=16, heads=2, mlp_size=24, prelude_layers=1)
 PEER = """
@@ -43,7 +44,7 @@ def test_rows_with_a_peer(tmp_path: Path, capsys: Any) -> None:
     assert theirs["seconds"] == 1e6 and theirs["cpu_seconds"] == 2e6 and theirs["times_faster"] == 1
     assert ours["times_faster"] == pytest.approx(1e6 / ours["seconds"])
     assert ours["tokens_equal"] == theirs["tokens_equal"] == 0  # the toy writes no token of the vocabulary
-    bench.show_decode(rows)
+    benches.show(rows, benches.DECODE)
     assert "twin" in capsys.readouterr().out
     assert json.dumps(rows)
 

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from ponder import bench, bench_depth, compute
+from ponder import bench_depth, compute
 from ponder.errors import UserError
 from ponder.halting.fixed import Fixed
 from ponder.models.config import Transformer
+from ponder.reporting import benches
 from ponder.tasks.task import Shape
 
 
@@ -32,7 +33,7 @@ def test_rows_are_what_they_are_called(monkeypatch: pytest.MonkeyPatch, capsys: 
     rows = bench_depth.bench(1, d_model=16, steps=6)
     assert [row["name"] for row in rows] == list(calls) and rows[0]["ratio"] == 1.0
     assert all(row["of_ideal"] == pytest.approx(row["ratio"] / row["ideal_ratio"]) for row in rows)
-    bench.show_depth(rows)
+    benches.show(rows, benches.DEPTH)
     assert "truncated" in capsys.readouterr().out
 
 

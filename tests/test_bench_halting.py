@@ -20,6 +20,7 @@ from ponder.engine import masked
 from ponder.errors import UserError
 from ponder.halting.fixed import Fixed
 from ponder.models.config import Transformer
+from ponder.reporting import benches
 from ponder.tasks.parity import Parity
 from ponder.tasks.text import Text
 
@@ -42,6 +43,8 @@ def test_every_executor_on_every_case(tmp_path: Path, capsys: pytest.CaptureFixt
     written = json.loads(output.read_text())
     rows = written["rows"]
     assert {"commit", "hardware", "versions"} <= set(written)
+    table = (tmp_path / "rows.md").read_text().splitlines()
+    assert table[0].startswith("- command: ") and sum(line.startswith("| ") for line in table) == 2 + len(rows)
     assert [row["executor"] for row in rows] == list(bench_halting.EXECUTORS) * 4
     for row in rows:
         assert row["requests"] == 6 and row["slots"] == row["batch"] == 3 and row["accuracy"] is None
@@ -77,7 +80,7 @@ def test_whole_rows_are_compacted_to_the_same_answers() -> None:
         assert row["tokens_equal"] is None if row["executor"] == "fixed" else row["tokens_equal"]
         assert row["mean_steps"] == 3 if row["exits"] == "none" or row["executor"] == "fixed" else row["mean_steps"] < 3
         assert row["ideal_ratio"] == 1 if row["exits"] == "none" else 0 < row["ideal_ratio"] <= 1
-    assert bench.show_halting(rows) is None
+    benches.show(rows, benches.HALTING)
 
 
 PEER = """

@@ -393,6 +393,7 @@ def test_no_cache_is_copied_within_the_loop() -> None:
         (lambda: requests([[1]], new=[1, 2], length=4, vocabulary=3), "2 limits for 1 prompts"),
         (lambda: requests([[1]], new=1, length=4, vocabulary=3, samples=0), "samples=0"),
         (lambda: answered(asked_of(), slots=0), "slots=0"),
+        (lambda: answered(asked_of(), slots=10**9), "a cache of 1000000000 slots with 14 positions takes .* GiB"),
         (lambda: answered(asked_of(), together=4), r"together=4: must be in 1\.\.3"),
         (lambda: answered(asked_of(), widths=(1, 2)), "end with the number of rows, 3"),
         (

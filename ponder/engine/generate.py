@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from ponder import profiling
 from ponder.engine.control import Control, Free
 from ponder.engine.lockstep import lockstep
 from ponder.engine.refill import refill
@@ -88,7 +89,7 @@ def program(
       new: N, most new tokens of any request.
       slots: B. widths: of `refill`, the batches in which stopped slots leave the core, and of `compaction`, those of
         slots that still think (`widths_for`).
-      together: slots filled at once, and free ones waited for; default an eighth of the slots.
+      together: slots filled at once, and free ones waited for; default a sixteenth of the slots.
       samples: G, where that many requests of each problem follow one another. A prompt is then read once for those that
         are filled in together, and only a G-th as many prompts have a place in that program.
       draft: how tokens are drafted, `speculative` alone.
@@ -100,7 +101,7 @@ def program(
         raise UserError(f"slots={slots}, new={new}, length={length}: all must be at least 1")
     if new > length:
         raise UserError(f"new={new}: the cache has room for {length} positions")
-    together = max(1, slots // 8) if together is None else together
+    together = max(1, slots // 16) if together is None else together
     if not 1 <= together <= slots:
         raise UserError(f"together={together}: must be in 1..{slots}, the number of slots")
     if samples < 1:
@@ -109,7 +110,15 @@ def program(
     widths = widths_for(slots) if widths is None else widths
     check_widths(widths, slots)
     graphdef, parameters = nnx.split(model, nnx.Param)
-    jax.eval_shape(lambda parameters: Decoder(nnx.merge(graphdef, parameters), length, keeping).empty(1), parameters)
+    cache = jax.eval_shape(
+        lambda parameters: Decoder(nnx.merge(graphdef, parameters), length, keeping).empty(slots), parameters
+    )
+    wanted, there = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)), profiling.memory()
+    if wanted > there:
+        raise UserError(
+            f"a cache of {slots} slots with {length} positions takes {wanted / 2**30:.1f} GiB, and the device has "
+            f"{there / 2**30:.1f}: fewer slots, or a shorter length"
+        )
     if "logits" in rule.needs and model.config.coda_layers:
         raise UserError(
             f"{type(rule).__name__} reads the answer at every step, through a coda that would have to show every "
