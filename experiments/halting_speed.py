@@ -16,7 +16,7 @@ from ponder.config import Checkpointing, Config, Evaluation, Logging, Optim, Tra
 from ponder.halting.fixed import Fixed
 from ponder.halting.pondernet import PonderNet
 from ponder.models.config import Transformer
-from ponder.tasks.addition import Addition
+from ponder.tasks.roads import Roads
 
 ARMS = ("fixed16", "pondernet", "fixed1", "fixed2", "fixed4")
 SEEDS = 3
@@ -28,22 +28,21 @@ def get_config(
     seed: int = 0,
     blocks: bool = False,
     smoke: bool = False,
-    digits: int = 3,
-    plain: bool = False,
+    hops: int = 6,
     lr: float = 1e-3,
-    batch: int = 64,
-    steps: int = 300,
+    batch: int = 16,
+    steps: int = 3600,
 ) -> Config:
     """`arm`: fixedK or pondernet. `blocks`: with a prelude and a coda block. All train for the FLOPs of pondernet."""
-    a, b = (of_arm(each, seed, blocks, smoke, digits, plain, lr, batch, steps) for each in (arm, "pondernet"))
+    a, b = (of_arm(each, seed, blocks, smoke, hops, lr, batch, steps) for each in (arm, "pondernet"))
     return compute.matched(a, b)
 
 
-def of_arm(arm, seed, blocks, smoke, digits, plain, lr, batch, steps) -> Config:
+def of_arm(arm, seed, blocks, smoke, hops, lr, batch, steps) -> Config:
     halts = {"pondernet": PonderNet(prior=0.25, beta=0.01)}
     return Config(
         name=f"halting-speed-{arm}",
-        task=Addition(digits=digits, reversed_digits=not plain, train_rows=20_000 if smoke else 200_000),
+        task=Roads(hops=hops, train_rows=20_000 if smoke else 500_000),
         model=Transformer(
             steps=STEPS if arm in halts else int(arm.removeprefix("fixed")),
             d_model=32 if smoke else 256,
@@ -56,7 +55,7 @@ def of_arm(arm, seed, blocks, smoke, digits, plain, lr, batch, steps) -> Config:
         rule=halts.get(arm, Fixed()),
         optim=Optim(lr=lr, warmup_steps=30, weight_decay=0.01),
         training=Training(batch_size=batch, steps=60 if smoke else steps),
-        evaluation=Evaluation(every_steps=30 if smoke else 50, rows=512),
+        evaluation=Evaluation(every_steps=30 if smoke else 600, rows=512),
         checkpoint=Checkpointing(every_steps=30 if smoke else 100),
         logging=Logging(every_steps=10),
         seed=seed,

@@ -24,6 +24,7 @@ from ponder.tasks.jsonl import Jsonl
 from ponder.tasks.maze import Maze
 from ponder.tasks.parity import Parity
 from ponder.tasks.permutations import Permutations
+from ponder.tasks.roads import Roads
 from ponder.tasks.sudoku import Sudoku
 from ponder.tasks.sums import Sums
 from ponder.tasks.task import FRACTIONS, SPLITS, Rows, Task, split_of
@@ -42,6 +43,7 @@ GENERATED = [
     Sums(digits=1, operands=4, max_operands=5, **ROWS),
     Sums(digits=2, base=3, operands=4, max_operands=5, **ROWS),
     Permutations(length=8, max_length=9, generators=True, **ROWS),
+    Roads(towns=5, walks=2, hops=3, **ROWS),
     Maze(5, 5, train_rows=300, evaluation_rows=50),
     Maze(5, 7, loops=0.3, places=False, train_rows=2000, evaluation_rows=50),
     Sudoku(size=4, train_rows=300, evaluation_rows=50),

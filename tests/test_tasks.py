@@ -16,13 +16,14 @@ from ponder.tasks.chains import Chains
 from ponder.tasks.hop import Hop
 from ponder.tasks.parity import Parity, draw
 from ponder.tasks.permutations import Permutations
+from ponder.tasks.roads import Roads
 from ponder.tasks.sums import Sums
 from ponder.tasks.task import FRACTIONS, SPLITS, Rows, Task, owners, split_of
 from ponder.tasks.tfds_builder import check
 
 SMALL_PARITY = Parity(n=8, max_train_nonzero=5, train_rows=3000, evaluation_rows=1500)
 SMALL_ADDITION = Addition(digits=2, train_rows=3000, evaluation_rows=1500)
-STEPS = [make(train_rows=3000, evaluation_rows=1500) for make in (Chains, Hop, Sums, Permutations)]
+STEPS = [make(train_rows=3000, evaluation_rows=1500) for make in (Chains, Hop, Sums, Permutations, Roads)]
 FORMATS = [Addition(3, r, s, m, 1500, 700) for r, s, m in itertools.product([True, False], repeat=3)]
 
 

@@ -21,13 +21,14 @@ from ponder.tasks.chains import Chains
 from ponder.tasks.hop import Hop
 from ponder.tasks.parity import Parity
 from ponder.tasks.permutations import Permutations
+from ponder.tasks.roads import Roads
 from ponder.tasks.sums import Sums
 from ponder.tasks.task import Rows, Task, blocks
 from ponder.tasks.text import Text
 
 PARITY = Parity(n=8, max_train_nonzero=5, train_rows=7000, evaluation_rows=300)
 ADDITION = Addition(digits=2, train_rows=7000, evaluation_rows=300)
-STEPS = [make(train_rows=2000, evaluation_rows=300) for make in (Chains, Hop, Sums, Permutations)]
+STEPS = [make(train_rows=2000, evaluation_rows=300) for make in (Chains, Hop, Sums, Permutations, Roads)]
 
 
 @pytest.fixture(scope="module")
