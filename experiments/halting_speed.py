@@ -1,62 +1,69 @@
 """Halting that saves seconds: answers a second, and how many are right, of a trained gate and of fixed depths.
 
-Sums written a token at a time, from the last digit on, or with `plain` from the first, where carries come from far. A
-decoder of up to 16 steps whose tokens stop by a PonderNet stands beside fixed depths that were trained as such for as
-many FLOPs. Then all of them answer the same questions through the same slots, in turns: the gate by every executor
-(docs/decoding.md), and once with all its 16 steps. It has not been run yet; its arguments are for pilots.
+Walks on a map, of one to four roads each (`ponder.tasks.roads`): as many steps as a walk has roads, and every token of
+the answer says how many by itself. A decoder of one block, up to 16 steps, whose tokens stop by a PonderNet, stands
+beside fixed depths that were trained as such for as many FLOPs. The PonderNet trains with six steps first, which is
+cheaper, and then with all. Then all of them answer the same questions through the same slots, in turns: the gate by
+every executor (docs/decoding.md), and once with all its 16 steps.
 
 Run:    python -m ponder.train  --config=experiments/halting_speed.py --workdir=runs/halting_speed_run
 Table:  python -m ponder.ablate --config=experiments/halting_speed.py --output=experiments/results/halting_speed
-        --jobs=2
+        --workdir=runs/halting_speed --jobs=2
 Quick:  python -m ponder.train  --config=experiments/halting_speed.py:smoke --workdir=runs/halting_speed_smoke
 """
 
+import dataclasses
+
 from ponder import compute
-from ponder.config import Checkpointing, Config, Evaluation, Logging, Optim, Training
+from ponder.config import Checkpointing, Config, Evaluation, Logging, Optim, Start, Training
 from ponder.halting.fixed import Fixed
 from ponder.halting.pondernet import PonderNet
 from ponder.models.config import Transformer
 from ponder.tasks.roads import Roads
 
-ARMS = ("fixed16", "pondernet", "fixed1", "fixed2", "fixed4")
+ARMS = ("pondernet", "fixed4", "fixed2", "fixed1")
 SEEDS = 3
-STEPS = 16  # K of the arm that halts
+STEPS, FEWER = 16, 6  # K of the arm that halts, at last and at first
 
 
-def get_config(
-    arm: str = "pondernet",
-    seed: int = 0,
-    blocks: bool = False,
-    smoke: bool = False,
-    hops: int = 6,
-    lr: float = 1e-3,
-    batch: int = 16,
-    steps: int = 3600,
-) -> Config:
+def get_config(arm: str = "pondernet", seed: int = 0, blocks: bool = False, smoke: bool = False) -> Config:
     """`arm`: fixedK or pondernet. `blocks`: with a prelude and a coda block. All train for the FLOPs of pondernet."""
-    a, b = (of_arm(each, seed, blocks, smoke, hops, lr, batch, steps) for each in (arm, "pondernet"))
-    return compute.matched(a, b)
+    return compute.matched(*(of_arm(each, seed, blocks, smoke) for each in (arm, "pondernet")))
 
 
-def of_arm(arm, seed, blocks, smoke, hops, lr, batch, steps) -> Config:
-    halts = {"pondernet": PonderNet(prior=0.25, beta=0.01)}
+def of_arm(arm, seed, blocks, smoke) -> Config:
+    if arm != "pondernet":
+        return of_depth(int(arm.removeprefix("fixed")), Fixed(), seed, blocks, smoke)
+    rule = PonderNet(prior=0.3, beta=0.01)
+    first = of_depth(FEWER, rule, seed, blocks, smoke, steps=40 if smoke else 2700)
+    whole = of_depth(STEPS, rule, seed, blocks, smoke, steps=20 if smoke else 150)
+    return dataclasses.replace(whole, start=Start(run=first))
+
+
+def of_depth(depth, rule, seed, blocks, smoke, steps=1) -> Config:
     return Config(
-        name=f"halting-speed-{arm}",
-        task=Roads(hops=hops, train_rows=20_000 if smoke else 500_000),
+        name="halting-speed-" + (f"fixed{depth}" if rule == Fixed() else "pondernet"),
+        task=Roads(
+            towns=8,
+            walks=8,
+            hops=4,
+            train_rows=20_000 if smoke else 500_000,
+            evaluation_rows=1024 if smoke else 4096,
+        ),
         model=Transformer(
-            steps=STEPS if arm in halts else int(arm.removeprefix("fixed")),
+            steps=depth,
             d_model=32 if smoke else 256,
             heads=4,
             prelude_layers=int(blocks),
             coda_layers=int(blocks),
             kv="first",
-            halting_head=arm in halts,
+            halting_head=rule != Fixed(),
         ),
-        rule=halts.get(arm, Fixed()),
-        optim=Optim(lr=lr, warmup_steps=30, weight_decay=0.01),
-        training=Training(batch_size=batch, steps=60 if smoke else steps),
-        evaluation=Evaluation(every_steps=30 if smoke else 600, rows=512),
-        checkpoint=Checkpointing(every_steps=30 if smoke else 100),
+        rule=rule,
+        optim=Optim(lr=1e-3, warmup_steps=10 if smoke else 30, weight_decay=0.01),
+        training=Training(batch_size=32, steps=steps),
+        evaluation=Evaluation(every_steps=30 if smoke else 200, rows=512, compaction=True),
+        checkpoint=Checkpointing(every_steps=30 if smoke else 200),
         logging=Logging(every_steps=10),
         seed=seed,
     )
