@@ -40,9 +40,10 @@ with epy.lazy_imports():  # `--help` needs none of these
 
 Row = dict[str, Any]
 Exits = Literal["geometric", "bimodal", "straggler", "none"]
+Named = Literal["sync", "compaction", "refill", "speculative"]
 Build = Literal["core", "prelude+coda", "forward"]
 LAYERS = {"core": 0, "prelude+coda": 1}
-EXECUTORS = ("fixed", "masked", "sync", "compaction", "refill", "speculative")
+EXECUTORS = ("fixed", "masked", *get_args(Named))
 MEAN = 4.0
 """Steps of a lane where exits are made up."""
 
@@ -65,6 +66,8 @@ class Options:
     """Requests that are answered at a time."""
     requests: int = 4
     """Requests a slot."""
+    executors: tuple[Named, ...] = ()
+    """Of decoders: these beside fixed depth and the reference. Default: all that the model allows."""
     prompt: tuple[int, int] = (16, 32)
     """Tokens of a prompt, from and to."""
     new: tuple[int, int] = (16, 32)
@@ -91,12 +94,11 @@ class Asked(NamedTuple):
     judged: Callable[[Any], Row]  # how good a rollout is
     sampling: Any  # ponder.engine.sampling.Sampling
 
-    @property
-    def executors(self) -> tuple[str, ...]:
-        """Those that differ on such a model."""
+    def executors(self, wanted: tuple[Named, ...]) -> tuple[str, ...]:
+        """Those that differ on such a model; none wanted: all of them."""
         if isinstance(self.rule, Fixed) and self.plan is None:
             return EXECUTORS[:1]
-        left_out = set[str]()
+        left_out = set(get_args(Named)) - set(wanted or get_args(Named))
         if self.config.kv != "first":
             left_out |= {"compaction", "speculative"}
         if self.config.steps == 1:
@@ -133,7 +135,7 @@ def bench(options: Options, repeats: int) -> list[Row]:
     keepings = (*(Keeping(missing=each) for each in options.missing), *(Keeping(ring=each) for each in options.ring))
     if keepings and all(case.config.kv == "first" for _, group in cases for case in group):
         raise UserError('--missing and --ring choose keys of kv="depth": add --kv=depth, or a run of such a model')
-    rows = [row for slots, group in cases for row in measured(group, slots, repeats, keepings)]
+    rows = [row for slots, group in cases for row in measured(group, slots, repeats, keepings, options.executors)]
     if "forward" in options.models and not options.workdir:
         rows += [
             row for slots in options.slots for exits in options.exits for row in forward(options, slots, exits, repeats)
@@ -285,9 +287,15 @@ class Timed(NamedTuple):
     first: tuple[Any, Any]  # a rollout and what it took
 
 
-def measured(cases: list[Asked], slots: int, repeats: int, keepings: tuple[Keeping, ...] = ()) -> list[Row]:
+def measured(
+    cases: list[Asked],
+    slots: int,
+    repeats: int,
+    keepings: tuple[Keeping, ...] = (),
+    executors: tuple[Named, ...] = (),
+) -> list[Row]:
     """All executors on all cases in turns, with kv="depth" refill for each of `keepings`, too."""
-    every = [timed for case in cases for timed in programs(case, slots, keepings)]
+    every = [timed for case in cases for timed in programs(case, slots, keepings, executors)]
     turns = {str(place): functools.partial(profiling.timed, each.call, 1) for place, each in enumerate(every)}
     taken = profiling.round_robin(turns, repeats)
     rows = []
@@ -317,10 +325,10 @@ def measured(cases: list[Asked], slots: int, repeats: int, keepings: tuple[Keepi
     return rows
 
 
-def programs(case: Asked, slots: int, keepings: tuple[Keeping, ...]) -> list[Timed]:
+def programs(case: Asked, slots: int, keepings: tuple[Keeping, ...], executors: tuple[Named, ...]) -> list[Timed]:
     """Every executor, compiled, and run once."""
     parameters, key = nnx.split(case.model, nnx.Param)[1], jax.random.key(0)
-    kept = dict.fromkeys(case.executors, KEEPING)
+    kept = dict.fromkeys(case.executors(executors), KEEPING)
     if case.config.kv == "depth" and "refill" in kept:
         kept |= {f"refill, {f'ring {each.ring}' if each.ring else each.missing}": each for each in keepings}
     made = []

@@ -61,6 +61,12 @@ def test_every_executor_on_every_case(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "prelude+coda" in shown and "refill" in shown
 
 
+def test_executors_that_are_named_alone_are_measured_beside_fixed_depth_and_the_reference() -> None:
+    options = {"models": ("core",), "exits": ("geometric",), "executors": ("refill",)}
+    rows = bench_halting.bench(Options(**vars(SMALL) | options), 1)
+    assert [row["executor"] for row in rows] == ["fixed", "masked", "refill"]
+
+
 def test_caches_that_keep_less_are_rows_of_their_own() -> None:
     options = {"models": ("core",), "exits": ("geometric",), "kv": ("depth",), "missing": ("projected",), "ring": (1,)}
     rows = {row["executor"]: row for row in bench_halting.bench(Options(**vars(SMALL) | options), 1)}
