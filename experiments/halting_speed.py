@@ -1,6 +1,6 @@
 """Halting that saves seconds: answers a second, and how many are right, of a trained gate and of fixed depths.
 
-Walks on a map, of one to four roads each (`ponder.tasks.roads`): as many steps as a walk has roads, and every token of
+Walks on a map, of one to three roads each (`ponder.tasks.roads`): as many steps as a walk has roads, and every token of
 the answer says how many by itself. A decoder of one block, up to 16 steps, whose tokens stop by a PonderNet, stands
 beside fixed depths that were trained as such for as many FLOPs. The PonderNet trains with six steps first, which is
 cheaper, and then with all. Then all of them answer the same questions through the same slots, in turns: the gate by
@@ -35,7 +35,7 @@ def of_arm(arm, seed, blocks, smoke) -> Config:
     if arm != "pondernet":
         return of_depth(int(arm.removeprefix("fixed")), Fixed(), seed, blocks, smoke)
     rule = PonderNet(prior=0.3, beta=0.01)
-    first = of_depth(FEWER, rule, seed, blocks, smoke, steps=40 if smoke else 2700)
+    first = of_depth(FEWER, rule, seed, blocks, smoke, steps=40 if smoke else 2000)
     whole = of_depth(STEPS, rule, seed, blocks, smoke, steps=20 if smoke else 150)
     return dataclasses.replace(whole, start=Start(run=first))
 
@@ -46,7 +46,7 @@ def of_depth(depth, rule, seed, blocks, smoke, steps=1) -> Config:
         task=Roads(
             towns=8,
             walks=8,
-            hops=4,
+            hops=3,
             train_rows=20_000 if smoke else 500_000,
             evaluation_rows=1024 if smoke else 4096,
         ),

@@ -23,6 +23,7 @@ from ponder.errors import UserError
 from ponder.halting.fixed import Fixed
 from ponder.models.config import Kv, Transformer
 from ponder.models.keeping import KEEPING, Keeping, Missing
+from ponder.models.sizes import Sizes
 from ponder.protocols import Rule
 from ponder.tasks.task import Shape, Task
 
@@ -73,8 +74,11 @@ class Options:
     new: tuple[int, int] = (16, 32)
     """New tokens of a request, from and to."""
     d_model: int = 256
+    core_layers: int = 1
     steps: int = 16
     """K."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations, matmuls and keys; weights are read as such, too."""
     peer: str | None = None
     """Command of a twin that takes turns with the rows of `train`, `decode` or `halting --models=forward`; see
     benchmarks/."""
@@ -113,7 +117,7 @@ def bench(options: Options, repeats: int) -> list[Row]:
     for name in ("models", "kv", "exits", "slots"):
         if not getattr(options, name):
             raise UserError(f"--{name} is empty: name at least one")
-    for name in ("requests", "d_model", "steps"):
+    for name in ("requests", "d_model", "core_layers", "steps"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name}={getattr(options, name)}: must be at least 1")
     if min(options.slots) < 1:
@@ -164,11 +168,12 @@ def made_up(options: Options, slots: int) -> list[Asked]:
                 d_model=options.d_model,
                 heads=max(1, options.d_model // 64),
                 prelude_layers=layers,
+                core_layers=options.core_layers,
                 coda_layers=layers,
                 kv=kv,
                 halting_head=False,
             )
-            model = models.build(config, shape, jax.random.key(0))
+            model = models.build(config, shape, jax.random.key(0), options.dtype)
             greedy = samplings.Sampling()
             for exits in options.exits:
                 draw = np.random.default_rng(0)
@@ -298,7 +303,7 @@ def measured(
     every = [timed for case in cases for timed in programs(case, slots, keepings, executors)]
     turns = {str(place): functools.partial(profiling.timed, each.call, 1) for place, each in enumerate(every)}
     taken = profiling.round_robin(turns, repeats)
-    rows = []
+    rows, speed = [], profiling.bandwidth()
     for case in cases:
         own = {each.name: place for place, each in enumerate(every) if each.case is case}
         reference = every[own.get("masked", own["fixed"])].first[0]
@@ -314,6 +319,7 @@ def measured(
                     "ticks": int(spent[0]),
                     "exit_rows": int(spent[1]),
                     "cache_mib": cache_mib(case, slots, every[place].keeping),
+                    "us_of_reading": 1e6 * tick_bytes(case, slots) / speed,
                     "new_tokens": int(made.lengths.sum()),
                     "mean_steps": mean_steps(made),
                     "tokens_equal": None if name == "fixed" else bool(same.all()),
@@ -364,6 +370,14 @@ def cache_mib(case: Asked, slots: int, keeping: Keeping) -> float:
         lambda own: cached.Decoder(nnx.merge(graph, own), case.length, keeping).empty(slots), parameters
     )
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) / 2**20
+
+
+def tick_bytes(case: Asked, slots: int) -> int:
+    """What a step of the core on all slots has to read: its weights, and keys and values of one step."""
+    itemsize, sizes = case.model.dtype.itemsize, Sizes.of(case.config)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(nnx.split(case.model.core, nnx.Param)[1]))
+    keys = slots * case.config.core_layers * 2 * case.length * sizes.kv_heads * sizes.head_size
+    return itemsize * (weights + keys)
 
 
 def timed(taken: dict[str, list[Any]], name: str, ticks: int, ticks_fixed: int) -> Row:

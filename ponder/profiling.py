@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import resource
@@ -47,6 +48,15 @@ def round_robin(turns: Mapping[str, Callable[[], Seconds]], repeats: int) -> dic
     for name in track(order, "turns", console=console, disable=hidden, transient=True, auto_refresh=False):
         taken[name].append(turns[name]())
     return taken
+
+
+@functools.cache
+def bandwidth(mebibytes: int = 256) -> float:
+    """Bytes a second that the first device reads and writes, best of five copies of an array of that size."""
+    array = jax.numpy.ones(mebibytes * 2**18, jax.numpy.float32)
+    copy = jax.jit(lambda array: array + 1)
+    jax.block_until_ready(copy(array))
+    return 2 * array.nbytes / min(timed(lambda: copy(array), 1).wall for _ in range(5))
 
 
 def peak_rss() -> int:

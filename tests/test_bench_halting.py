@@ -46,6 +46,8 @@ def test_every_executor_on_every_case(tmp_path: Path, capsys: pytest.CaptureFixt
     table = (tmp_path / "rows.md").read_text().splitlines()
     assert table[0].startswith("- command: ") and sum(line.startswith("| ") for line in table) == 2 + len(rows)
     assert [row["executor"] for row in rows] == list(bench_halting.EXECUTORS) * 4
+    core = {row["us_of_reading"] for row in rows if row["model"] == "core"}
+    assert len(core) == 1 and min(core) > 0  # weights, keys and a bandwidth: the same for every executor
     for row in rows:
         assert row["requests"] == 6 and row["slots"] == row["batch"] == 3 and row["accuracy"] is None
         if row["executor"] == "fixed":

@@ -61,6 +61,7 @@ HALTING: Columns = {
     "ticks": lambda row: str(row["ticks"]),
     "us a tick": lambda row: f"{row['us_per_tick']:.0f}",
     "fixed": lambda row: f"{row['us_per_tick_fixed']:.0f}",
+    "reading": lambda row: f"{row['us_of_reading']:.0f}" if "us_of_reading" in row else "-",
     "MiB": lambda row: f"{row['cache_mib']:.1f}" if "cache_mib" in row else "-",
     "equal": lambda row: (
         "-" if row["tokens_equal"] is None else "yes" if row["tokens_equal"] else f"{row['divergences']} differ"
