@@ -150,7 +150,7 @@ def main() -> None:
         write(path, weights.read(options.weights), len(prompts[0]) + options.new)
         generate = Decoder(path, prompts, options.new, options.threads)
     print(
-        json.dumps({"name": f"llama.cpp {llama_cpp.__version__}, f32, {options.threads} threads", "ids": generate()}),
+        json.dumps({"name": f"llama.cpp {llama_cpp.__version__}, f32, threads={options.threads}", "ids": generate()}),
         flush=True,
     )
     for calls in map(int, sys.stdin) if options.wait else [1] * 5:

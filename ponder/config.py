@@ -127,7 +127,8 @@ class Evaluation:
     """Share of questions that a readout may break (Learn then Test on the calibration split, 95 %)."""
     compaction: bool = False
     """Answer by compaction (`ponder.engine.compact`), whose seconds follow the steps of the mean row, in place of the
-    reference, which takes all K. What stopped lanes would do if they ran on is then not measured."""
+    reference, which takes all K. What stopped lanes would do if they ran on is then not measured; spent FLOPs are told
+    of the reference all the same."""
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,6 @@ def show(rows: Sequence[Row], columns: Columns) -> None:
 
 def markdown(rows: Sequence[Row], columns: Columns, facts: Sequence[tuple[str, str]]) -> str:
     """Facts and the table."""
-    lines = [" | ".join(columns), "|".join(" --- " for _ in columns)]
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
     lines += [" | ".join(cell(row) for cell in columns.values()) for row in rows]
     return "\n".join([*(f"- {name}: {value}" for name, value in facts), "", *(f"| {line} |" for line in lines), ""])
