@@ -1,14 +1,16 @@
 """Halting that saves seconds: answers a second, and how many are right, of a trained gate and of fixed depths.
 
-Walks on a map, of one to three roads each (`ponder.tasks.roads`): as many steps as a walk has roads, and every token of
-the answer says how many by itself. A decoder of one block, up to 16 steps, whose tokens stop by a PonderNet, stands
-beside fixed depths that were trained as such for as many FLOPs. The PonderNet trains with six steps first, which is
-cheaper, and then with all. Then all of them answer the same questions through the same slots, in turns: the gate by
+Walks on a map, of one to three roads each (`ponder.tasks.roads`): followed road by road, a walk needs as many steps as
+it has roads, and the question says how many. A decoder of one block, up to 16 steps, whose tokens stop by a PonderNet,
+stands beside fixed depths that were trained as such for as many FLOPs. The PonderNet trains with six steps first, which
+is cheaper, and then with all. Then all of them answer the same questions through the same slots, in turns: the gate by
 every executor (docs/decoding.md), and once with all its 16 steps.
 
 Run:    python -m ponder.train  --config=experiments/halting_speed.py --workdir=runs/halting_speed_run
 Table:  python -m ponder.ablate --config=experiments/halting_speed.py --output=experiments/results/halting_speed
         --workdir=runs/halting_speed --jobs=2
+Clock:  python -m ponder.bench halting --workdir=runs/halting_speed/pondernet-0,runs/halting_speed/fixed2-0 --slots=64
+        --requests=8 --output=experiments/results/halting_speed/clock.json
 Quick:  python -m ponder.train  --config=experiments/halting_speed.py:smoke --workdir=runs/halting_speed_smoke
 """
 

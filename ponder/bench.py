@@ -18,7 +18,7 @@ a time. The peer has the same weights and prompts, and its tokens are compared; 
 depth: a training step whose lanes stop early, and one with a truncated gradient; see `ponder.bench_depth`.
 
 halting: what halting saves on the clock. The same requests are decoded by each executor in turns; see
-`ponder.bench_halting`. Of trained runs --output=F.json also writes a picture, F.svg, and its table is over seeds.
+`ponder.bench_halting`. For trained runs the table is over seeds, and there is a picture, F.svg, as well.
 """
 
 from __future__ import annotations
@@ -220,10 +220,22 @@ def bench_train(options: Options, configs: dict[str, Config]) -> list[Row]:
 
 def check_output(path: Path) -> None:
     """Raises UserError where the rows could not be written, before they are measured."""
+    if path.suffix != ".json":
+        raise UserError(f"--output={path}: the rows are JSON, and a table goes beside them: name it F.json")
     try:
-        path.open("a").close()
+        for each in (path, path.with_suffix(".md")):
+            each.open("a").close()
     except OSError as error:
         raise UserError(f"--output={path} cannot be written ({error.strerror})") from error
+
+
+def command(options: Options) -> str:
+    """As it was given; a peer's interpreter is not told, which is a place on this machine."""
+    words = list(sys.argv[1:])
+    if options.peer is not None:
+        interpreter, _, rest = options.peer.partition(" ")
+        words = [word.replace(f"{interpreter} {rest}", f"PYTHON {rest}") for word in words]
+    return shlex.join(["python", "-m", "ponder.bench", *words])
 
 
 def body(options: Options) -> int:
@@ -242,6 +254,7 @@ def body(options: Options) -> int:
     benches.show(rows, columns)
     if options.output:
         about = {
+            "command": command(options),
             "hardware": records.hardware(),
             "versions": records.versions(),
             "commit": records.commit(),
@@ -249,8 +262,7 @@ def body(options: Options) -> int:
             "rows": rows,
         }
         Path(options.output).write_text(json.dumps(about, indent=1))
-        facts = [("command", f"`{shlex.join(['python', '-m', 'ponder.bench', *sys.argv[1:]])}`")]
-        facts += [(name, str(about[name])) for name in ("commit", "hardware")]
+        facts = [("command", f"`{about['command']}`"), *((name, str(about[name])) for name in ("commit", "hardware"))]
         trained = options.command == "halting" and options.workdir
         table = clock.markdown(rows, facts) if trained else benches.markdown(rows, columns, facts)
         Path(options.output).with_suffix(".md").write_text(table)

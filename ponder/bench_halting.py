@@ -136,9 +136,16 @@ def bench(options: Options, repeats: int) -> list[Row]:
             else [[case] for case in made_up(options, slots)]
         )
     ]
+    missed = {name for name in options.executors if all(name not in case.executors(()) for _, g in cases for case in g)}
+    if missed:
+        raise UserError(
+            f"--executors={','.join(sorted(missed))}: no case allows it (it may need kv=first, or K above 1)"
+        )
     keepings = (*(Keeping(missing=each) for each in options.missing), *(Keeping(ring=each) for each in options.ring))
     if keepings and all(case.config.kv == "first" for _, group in cases for case in group):
         raise UserError('--missing and --ring choose keys of kv="depth": add --kv=depth, or a run of such a model')
+    if keepings and options.executors and "refill" not in options.executors:
+        raise UserError("--missing and --ring are ways to refill: add it to --executors")
     rows = [row for slots, group in cases for row in measured(group, slots, repeats, keepings, options.executors)]
     if "forward" in options.models and not options.workdir:
         rows += [
@@ -307,7 +314,7 @@ def measured(
     for case in cases:
         own = {each.name: place for place, each in enumerate(every) if each.case is case}
         reference = every[own.get("masked", own["fixed"])].first[0]
-        ideal = ideal_ratio(case, reference)
+        useful, all_steps = flops_of(case, reference)
         ticks_fixed = int(every[own["fixed"]].first[1][0])
         for name, place in own.items():
             made, spent = every[place].first
@@ -315,11 +322,13 @@ def measured(
             rows.append(
                 {"executor": name, **case.named, "batch": slots, "slots": slots, "requests": len(same)}
                 | {
-                    "ideal_ratio": 1.0 if name == "fixed" else ideal,
+                    "ideal_ratio": 1.0 if name == "fixed" else useful / all_steps,
+                    "useful_flops": all_steps if name == "fixed" else useful,
+                    "spent_flops": spent_flops(case, made, spent),
                     "ticks": int(spent[0]),
                     "exit_rows": int(spent[1]),
                     "cache_mib": cache_mib(case, slots, every[place].keeping),
-                    "us_of_reading": 1e6 * tick_bytes(case, slots) / speed,
+                    "us_of_reading": None if name == "compaction" else 1e6 * tick_bytes(case, slots) / speed,
                     "new_tokens": int(made.lengths.sum()),
                     "mean_steps": mean_steps(made),
                     "tokens_equal": None if name == "fixed" else bool(same.all()),
@@ -398,25 +407,39 @@ def timed(taken: dict[str, list[Any]], name: str, ticks: int, ticks_fixed: int) 
     }
 
 
-def ideal_ratio(case: Asked, made: Any) -> float:
-    """FLOPs of the lanes' own steps over those of K steps each, all else alike."""
-    prompts, new = case.requests.lengths, made.lengths
-    lanes = np.asarray(prompts + new - 1)
-    keys = float(((lanes + 1) / 2 * lanes).sum() / lanes.sum())
-    prompts_think = bool(np.asarray(made.prompt_depth).any())
-    thinking = float(new.sum() + (prompts_think and (prompts - 1).sum()))
+def flops_of(case: Asked, made: Any) -> tuple[float, float]:
+    """What the lanes' own steps need, and what K steps each would, all else alike."""
     steps = float(made.depth.sum() + made.prompt_depth.sum())
+    thinking, written = lanes_of(case, made)
     own, all_steps = (
-        compute.decoding(
-            case.config,
-            case.shape,
-            case.rule,
-            lanes=float(lanes.sum()),
-            keys=keys,
-            steps=each,
-            finished=thinking,
-            written=float(new.sum()),
-        )
+        _decoding(case, made, steps=each, finished=thinking, written=written)
         for each in (steps, thinking * case.config.steps)
     )
-    return float(own / all_steps)
+    return own, all_steps
+
+
+def spent_flops(case: Asked, made: Any, spent: Any) -> float:
+    """With idle and stopped lanes in the core, and padding on the way out; what is left out is not."""
+    return _decoding(case, made, steps=float(spent[3]), finished=float(spent[1]), written=float(spent[1]))
+
+
+def lanes_of(case: Asked, made: Any) -> tuple[float, float]:
+    """That think, and that are read out."""
+    new, prompts_think = made.lengths, bool(np.asarray(made.prompt_depth).any())
+    return float(new.sum() + (prompts_think and (case.requests.lengths - 1).sum())), float(new.sum())
+
+
+def _decoding(case: Asked, made: Any, *, steps: float, finished: float, written: float) -> float:
+    lanes = np.asarray(case.requests.lengths + made.lengths - 1)
+    keys = float(((lanes + 1) / 2 * lanes).sum() / lanes.sum())
+    found = compute.decoding(
+        case.config,
+        case.shape,
+        case.rule,
+        lanes=float(lanes.sum()),
+        keys=keys,
+        steps=steps,
+        finished=finished,
+        written=written,
+    )
+    return float(found)

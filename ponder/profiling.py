@@ -56,7 +56,7 @@ def bandwidth(mebibytes: int = 256) -> float:
     array = jax.numpy.ones(mebibytes * 2**18, jax.numpy.float32)
     copy = jax.jit(lambda array: array + 1)
     jax.block_until_ready(copy(array))
-    return 2 * array.nbytes / min(timed(lambda: copy(array), 1).wall for _ in range(5))
+    return 2 * array.nbytes / min(timed(lambda: copy(array), 10).wall for _ in range(5))
 
 
 def peak_rss() -> int:
@@ -69,11 +69,15 @@ def peak_rss() -> int:
 
 
 def memory() -> int:
-    """Bytes that the first device has in all; on a CPU those of the machine."""
+    """Bytes that the first device has in all; on a CPU those of the machine, or of its container."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # another system, or "max"
+            found = min(found, int(Path(path).read_text()))
+    return found
 
 
 def peak_memory() -> int:

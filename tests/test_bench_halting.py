@@ -46,7 +46,9 @@ def test_every_executor_on_every_case(tmp_path: Path, capsys: pytest.CaptureFixt
     table = (tmp_path / "rows.md").read_text().splitlines()
     assert table[0].startswith("- command: ") and sum(line.startswith("| ") for line in table) == 2 + len(rows)
     assert [row["executor"] for row in rows] == list(bench_halting.EXECUTORS) * 4
-    core = {row["us_of_reading"] for row in rows if row["model"] == "core"}
+    for row in rows:
+        assert 0 < row["useful_flops"] <= row["spent_flops"] or row["executor"] == "fixed"
+    core = {row["us_of_reading"] for row in rows if row["model"] == "core" and row["us_of_reading"]}
     assert len(core) == 1 and min(core) > 0  # weights, keys and a bandwidth: the same for every executor
     for row in rows:
         assert row["requests"] == 6 and row["slots"] == row["batch"] == 3 and row["accuracy"] is None
@@ -67,6 +69,18 @@ def test_executors_that_are_named_alone_are_measured_beside_fixed_depth_and_the_
     options = {"models": ("core",), "exits": ("geometric",), "executors": ("refill",)}
     rows = bench_halting.bench(Options(**vars(SMALL) | options), 1)
     assert [row["executor"] for row in rows] == ["fixed", "masked", "refill"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"kv": ("depth",), "executors": ("compaction",)}, "--executors=compaction: no case allows it"),
+        ({"kv": ("depth",), "executors": ("sync",), "ring": (1,)}, "add it to --executors"),
+    ],
+)
+def test_executors_that_would_not_be_measured_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        bench_halting.bench(Options(**vars(SMALL) | {"models": ("core",)} | options), 1)
 
 
 def test_caches_that_keep_less_are_rows_of_their_own() -> None:

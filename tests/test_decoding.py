@@ -167,6 +167,8 @@ def test_a_sample_depends_on_no_slot_no_batch_mate_and_no_executor(kv: Any, rule
     assert any((first.ids[0] != first.ids[1]).tolist()), "two samples of one problem are two draws"
     same(first, answered(rows, model, **options, slots=14, together=14, widths=(14,)))
     same(first, answered(rows, model, **options, executor="sync", slots=2))
+    if kv == "first":
+        same(first, answered(rows, model, **options, executor="compaction", slots=4, widths=(1, 2, 4)))
     order = np.random.default_rng(1).permutation(14)
     run = program(model, length=LENGTH, new=6, slots=5, together=1, widths=(2, 5), **options)
     parameters = nnx.split(model, nnx.Param)[1]
@@ -176,8 +178,18 @@ def test_a_sample_depends_on_no_slot_no_batch_mate_and_no_executor(kv: Any, rule
     same(taken(first, [4, 9]), answered(taken(rows, [4, 9]), model, **options))
 
 
-@pytest.mark.parametrize(("kv", "poison"), [("first", 1e9), ("depth", -3e8)])
-def test_what_is_left_in_a_freed_slot_reaches_nobody(kv: Any, poison: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kv", "poison", "executors"),
+    [
+        ("first", 1e9, ("refill", "masked", "compaction")),
+        ("first", -3e8, ("refill", "speculative")),
+        ("depth", 1e9, ("refill",)),
+        ("depth", -3e8, ("refill", "sync")),
+    ],
+)
+def test_what_is_left_in_a_freed_slot_reaches_nobody(
+    kv: Any, poison: float, executors: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Caches full of large numbers, and NaN in all that a slot must be given before it is used."""
     model, rows = built(dataclasses.replace(MODEL, kv=kv)), asked_of()
     clean = answered(rows, model)
@@ -186,12 +198,15 @@ def test_what_is_left_in_a_freed_slot_reaches_nobody(kv: Any, poison: float, mon
     def poisoned(self: Any, new: int) -> Any:
         loop = start(self, new)
         slots = loop.slots._replace(
-            **{name: jnp.full_like(getattr(loop.slots, name), jnp.nan) for name in ("state", "x", "halting")}
+            **{name: jnp.full_like(getattr(loop.slots, name), jnp.nan) for name in ("state", "x", "halting", "mixed")},
+            carry=jax.tree.map(
+                lambda leaf: jnp.full_like(leaf, jnp.nan if leaf.dtype == jnp.float32 else 77), loop.slots.carry
+            ),
         )
         return loop._replace(slots=slots, cache=jax.tree.map(lambda leaf: jnp.full_like(leaf, poison), loop.cache))
 
     monkeypatch.setattr(Engine, "start", poisoned)
-    for executor in ("refill", "masked"):
+    for executor in executors:
         dirty = answered(rows, model, executor=executor)
         for one, other in zip(clean, dirty, strict=True):
             if executor == "refill":
@@ -352,6 +367,56 @@ def test_planned_steps_are_taken_and_the_ticks_are_the_mean_not_the_largest() ->
     other, ticks = lockstep(parameters, rows, jax.random.key(0), jnp.asarray(plan))
     same(jax.device_get(made), jax.device_get(other))
     assert int(ticks[0]) > 1.6 * int(spent[0])
+
+
+def test_compaction_runs_the_core_on_the_slots_that_still_think() -> None:
+    """Counted: at each step of a token the smallest width that holds them, and no step after the slowest of them."""
+    model, rows = built(dataclasses.replace(MODEL, coda_layers=0)), asked_of(count=4, new=1)
+    plan = jnp.broadcast_to(jnp.asarray([1, 1, 2, 4])[:, None], (4, LENGTH)).astype(jnp.int32)
+    parameters = nnx.split(model, nnx.Param)[1]
+    for executor, core_rows, ticks in (("compaction", 4 + 2 + 1 + 1, 4), ("sync", 4 * 4, 4), ("masked", 4 * 4, 4)):
+        widths = (1, 2, 4) if executor == "compaction" else None
+        run = program(model, RULE, length=LENGTH, new=1, slots=4, together=4, executor=executor, widths=widths)
+        made, spent = run(parameters, rows, jax.random.key(0), plan)
+        assert made.depth[:, 0].tolist() == [1, 1, 2, 4]
+        assert (int(spent[0]), int(spent[3])) == (ticks, core_rows), executor
+
+
+def test_a_straggler_holds_up_nobody_but_itself() -> None:
+    """The makespan is at most 1.15 times the ideal number of ticks, or what the straggler alone needs."""
+    rows = requests(prompts(64), new=8, length=LENGTH, vocabulary=VOCABULARY)
+    model = built(dataclasses.replace(MODEL, coda_layers=0, prelude_layers=0))
+    plan = np.ones((64, LENGTH), np.int32)
+    plan[0] = 4
+    run = program(model, RULE, length=LENGTH, new=8, slots=8, together=1, widths=(2, 4, 8))
+    made, spent = run(nnx.split(model, nnx.Param)[1], rows, jax.random.key(0), jnp.asarray(plan))
+    own, ideal = 4 * 8, int(made.depth.sum()) / 8
+    assert int(made.depth[0].sum()) == own
+    assert int(spent[0]) <= max(1.15 * ideal, own)
+
+
+def test_what_is_no_class_has_no_probability() -> None:
+    """Of a prompt's words; the tokens after them are what they were."""
+    model = models.build(MODEL, Shape(VOCABULARY, LENGTH, 5, "token"), jax.random.key(0))
+    rows = requests([[9, 2, 10, 3, 1], [4, 8, 0]], new=2, length=LENGTH, vocabulary=VOCABULARY)
+    made = answered(rows, model, slots=2, together=2, widths=(2,), sampling=Sampling(temperature=1.0))
+    found = made.prompt_log_probability
+    assert np.isneginf([found[0, 1], found[1, 0]]).all() and np.isfinite([found[0, 0], found[0, 2], found[1, 1]]).all()
+    assert (made.ids < 5).all() and np.isfinite(made.log_probability).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda requests: requests._replace(limits=requests.limits + 3), "asks for 9 new tokens: .* made for new=6"),
+        (lambda requests: requests._replace(lengths=requests.lengths * 0 + LENGTH), "needs 19 positions: .* length=14"),
+    ],
+)
+def test_requests_that_do_not_fit_the_program_are_refused(change: Any, says: str) -> None:
+    model = built()
+    run = program(model, RULE, length=LENGTH, new=6, slots=3, together=2, widths=(1, 3))
+    with pytest.raises(UserError, match=says):
+        run(nnx.split(model, nnx.Param)[1], change(asked_of(new=6)), jax.random.key(0))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from tiny import as_users_run  # noqa: F401
 
 from ponder import compute, evaluation, sharding
 from ponder.data.batch import Batch
+from ponder.objectives import ponder as objective
 from ponder.objectives.ponder import ponder_loss, predict
 from ponder.program import compile_program
 from ponder.step import evaluated
@@ -73,14 +74,16 @@ def test_rows_do_not_depend_on_how_the_split_is_batched(made, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kv", ["first", "depth"])
-def test_by_compaction_rows_are_those_of_the_reference(kv, tmp_path) -> None:
+def test_by_compaction_rows_are_those_of_the_reference(kv, tmp_path, monkeypatch) -> None:
     """But for what stopped lanes would do if they ran on, which is not measured."""
-    rows = []
+    rows, calls, compact = [], [], objective.compact
+    monkeypatch.setattr(objective, "compact", lambda *args, **options: calls.append(1) or compact(*args, **options))
     for compaction in (False, True):
         config = tiny.config(model__kv=kv, model__steps=3, evaluation__compaction=compaction)
         run = compile_program(config, sharding.make_mesh(config.mesh))
         state = jax.tree.map(lambda leaf: leaf * 3 if leaf.dtype == jnp.float32 else leaf, run.initial_state())
         found = evaluation.HeldOut(run, str(tmp_path)).evaluate("validation", state, 3, 50)
+        assert bool(calls) == compaction
         rows.append(next(row for row in found if row["exit"] == "quantile"))
     reference, compacted = rows
     assert 1 < reference["steps"] < 3

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from ponder.engine.masked import Loop, advance, begun
-from ponder.engine.rows import check_widths, descend, widths_for
+from ponder.engine.rows import check_widths, descend, put_rows, widths_for
 from ponder.errors import UserError
 from ponder.protocols import Ran, Rule, State, Trajectory
 
@@ -98,13 +98,10 @@ def take(walk: Walk, rows: Int[jax.Array, "A"], which: Bool[jax.Array, "A"]) -> 
 def put(whole: Walk, rows: Int[jax.Array, "A"], part: Walk) -> Walk:
     """With `part` at these rows; a row beyond the last is dropped."""
 
-    def one(leaf: jax.Array, new: jax.Array) -> jax.Array:
-        return leaf.at[rows].set(new, mode="drop", unique_indices=True)
-
     def bare(walk: Walk) -> tuple[Loop, jax.Array]:
         return walk.loop._replace(context=None), walk.weights
 
-    loop, weights = jax.tree.map(one, bare(whole), bare(part))
+    loop, weights = put_rows(bare(whole), rows, bare(part))
     context = whole.loop.context
     shown = None if context is None else context.put(rows, part.loop.context)
     return Walk(loop._replace(context=shown), weights, part.k)

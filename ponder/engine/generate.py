@@ -1,8 +1,8 @@
 """Prompts to tokens with a trained model, by one of the decoding executors: one compiled program, no visit to the host.
 
 All of them write the same tokens. They differ in seconds: `refill` takes as long as the mean lane thinks, `sync` as
-long as the slowest of the slots, `compaction` too, on ever fewer of them, `masked` K steps for everybody. `speculative`
-writes the same greedy tokens, and draws others of the same distribution.
+long as the slowest of the slots, `compaction` as many turns, on ever fewer of them, `masked` K steps for everybody.
+`speculative` writes the same greedy tokens, and draws others of the same distribution.
 """
 
 from __future__ import annotations
@@ -39,13 +39,23 @@ class Program:
 
     jitted: Any
     length: int
+    new: int
+    """N, most new tokens of a request."""
     steps: int
     """K."""
 
     def __call__(
         self, parameters: Any, requests: Requests, key: jax.Array, plan: jax.Array | None = None
     ) -> tuple[Rollout, jax.Array]:
-        """Raises UserError where the plan is of another shape, or has a lane take no step or more than K."""
+        """Raises UserError where requests do not fit the cache or ask for more than N tokens, or where the plan is of
+        another shape, or has a lane take no step or more than K."""
+        if not isinstance(requests.lengths, jax.core.Tracer):
+            width, limit = requests.prompts.shape[1], int(np.max(requests.limits))
+            most = max(width, int(np.max(np.asarray(requests.lengths) + np.asarray(requests.limits))) - 1)
+            if most > self.length:
+                raise UserError(f"a request needs {most} positions: the program's cache has length={self.length}")
+            if limit > self.new:
+                raise UserError(f"a request asks for {limit} new tokens: the program was made for new={self.new}")
         if plan is not None:
             shape = (len(requests.lengths), self.length)
             if plan.shape != shape:
@@ -77,7 +87,7 @@ def program(
     draft: Draft = DRAFT,
     keeping: Keeping = KEEPING,
 ) -> Program:
-    """A jitted function of (parameters, requests, key) to a rollout and [ticks, exit rows, prefills].
+    """A jitted function of (parameters, requests, key) to a rollout and the numbers of `Spent`, [4].
 
     It takes a fourth argument, `plan` [R, length] int32: the steps of every lane of every request, 1 to K, in place of
     what the rule decides. That replays recorded depths, and makes up exits to measure speed with.
@@ -113,11 +123,13 @@ def program(
     cache = jax.eval_shape(
         lambda parameters: Decoder(nnx.merge(graphdef, parameters), length, keeping).empty(slots), parameters
     )
-    wanted, there = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)), profiling.memory()
-    if wanted > there:
+    wanted, weights = (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (cache, parameters)
+    )
+    if wanted + weights > (there := profiling.memory()):
         raise UserError(
-            f"a cache of {slots} slots with {length} positions takes {wanted / 2**30:.1f} GiB, and the device has "
-            f"{there / 2**30:.1f}: fewer slots, or a shorter length"
+            f"a cache of {slots} slots with {length} positions takes {wanted / 2**30:.1f} GiB beside "
+            f"{weights / 2**30:.1f} of parameters, and the device has {there / 2**30:.1f}: fewer slots or less length"
         )
     if "logits" in rule.needs and model.config.coda_layers:
         raise UserError(
@@ -149,9 +161,9 @@ def program(
             "speculative": lambda: speculative(engine, new, draft),
         }
         loop = loops[executor]()
-        return loop.out, jax.numpy.stack([loop.ticks, loop.exit_rows, loop.prefills])
+        return loop.out, jax.numpy.stack([loop.ticks, loop.exit_rows, loop.prefills, loop.core_rows])
 
-    return Program(run, length, model.config.steps)
+    return Program(run, length, new, model.config.steps)
 
 
 def generate(

@@ -7,17 +7,27 @@ slots that still think into ever smaller widths meanwhile. Free slots are filled
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from ponder.engine.rows import check_widths, descend
+from ponder.engine.rows import check_widths, descend, put_rows
 from ponder.engine.slots import Engine, Loop, Slots
 from ponder.models.cached import Cache
 
-Walk = tuple[Slots, Cache, Bool[Array, "_"], Array]
+
+class Walk(NamedTuple):
+    """Some slots on their way through the steps of a token."""
+
+    slots: Slots
+    cache: Cache
+    running: Bool[Array, "A"]
+    ticks: Int[Array, ""]
+    rows: Int[Array, ""]  # lanes that the core ran on
+
+
 Executor = Literal["masked", "sync", "compaction"]
 
 
@@ -33,24 +43,29 @@ def lockstep(engine: Engine, new: int, executor: Executor, widths: tuple[int, ..
         live = engine.live(loop.slots)
 
         def step(walk: Walk) -> Walk:
-            slots, cache, running, ticks = walk
-            slots, cache, stop = engine.think(slots, cache, running)
-            return slots, cache, running & ~stop, ticks + 1
+            slots, cache, stop = engine.think(walk.slots, walk.cache, walk.running)
+            return Walk(slots, cache, walk.running & ~stop, walk.ticks + 1, walk.rows + len(stop))
 
-        walk = (loop.slots, loop.cache, live, loop.ticks)
+        walk = Walk(loop.slots, loop.cache, live, loop.ticks, loop.core_rows)
         if executor == "masked":
             walk = jax.lax.fori_loop(0, steps, lambda _, walk: step(walk), walk)
         elif executor == "sync":
-            walk = jax.lax.while_loop(lambda walk: walk[2].any(), step, walk)
+            walk = jax.lax.while_loop(lambda walk: walk.running.any(), step, walk)
         else:
-            walk = descend(widths, walk, runs=lambda walk: walk[2], step_of=lambda _: step, take=take, put=put)
-        slots, cache, _, ticks = walk
+            walk = descend(widths, walk, runs=lambda walk: walk.running, step_of=lambda _: step, take=take, put=put)
+        slots, cache = walk.slots, walk.cache
         everywhere = jnp.arange(engine.slots, dtype=jnp.int32)
         place = jnp.where(live, slots.position, engine.decoder.length)
         core = engine.decoder.stopped(slots.state, slots.x, slots.k, everywhere, place, cache.core)
         cache = cache._replace(core=core)
         left = engine.leave(slots, cache, None, live)
-        loop = loop._replace(slots=slots, cache=cache, ticks=ticks, exit_rows=loop.exit_rows + engine.slots)
+        loop = loop._replace(
+            slots=slots,
+            cache=cache,
+            ticks=walk.ticks,
+            exit_rows=loop.exit_rows + engine.slots,
+            core_rows=walk.rows,
+        )
         return engine.settle(loop, left, written=True)
 
     def until_there_is_room(loop: Loop) -> Loop:
@@ -63,16 +78,11 @@ def lockstep(engine: Engine, new: int, executor: Executor, widths: tuple[int, ..
 
 def take(walk: Walk, places: Int[Array, "A"], which: Bool[Array, "A"]) -> Walk:
     """Of these slots alone, and what of the cache a step reads."""
-    slots, cache, running, ticks = walk
-    slots, core = jax.tree.map(lambda leaf: leaf[places], (slots, cache.core))
-    return slots, cache._replace(core=core), running[places] & which, ticks
+    slots, core = jax.tree.map(lambda leaf: leaf[places], (walk.slots, walk.cache.core))
+    return walk._replace(slots=slots, cache=walk.cache._replace(core=core), running=walk.running[places] & which)
 
 
 def put(whole: Walk, rows: Int[Array, "A"], part: Walk) -> Walk:
     """With the slots of `part`; the cache is as it was."""
-
-    def one(leaf: Array, new: Array) -> Array:
-        return leaf.at[rows].set(new, mode="drop", unique_indices=True)
-
-    slots, running = jax.tree.map(one, (whole[0], whole[2]), (part[0], part[2]))
-    return slots, whole[1], running, part[3]
+    slots, running = put_rows((whole.slots, whole.running), rows, (part.slots, part.running))
+    return part._replace(slots=slots, cache=whole.cache, running=running)

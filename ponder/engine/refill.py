@@ -57,7 +57,13 @@ def refill(engine: Engine, new: int, widths: tuple[int, ...]) -> Loop:
         slots, cache, stop = engine.think(loop.slots, loop.cache, engine.live(loop.slots))
         choice = jnp.searchsorted(sizes, stop.sum(dtype=jnp.int32))
         left = jax.lax.switch(choice, [none, *map(branch, widths)], slots, cache, stop)
-        loop = loop._replace(slots=slots, cache=cache, ticks=loop.ticks + 1, exit_rows=loop.exit_rows + sizes[choice])
+        loop = loop._replace(
+            slots=slots,
+            cache=cache,
+            ticks=loop.ticks + 1,
+            exit_rows=loop.exit_rows + sizes[choice],
+            core_rows=loop.core_rows + engine.slots,
+        )
         return engine.settle(loop, left, written=False)
 
     def until_there_is_room(loop: Loop) -> Loop:

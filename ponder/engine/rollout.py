@@ -46,6 +46,8 @@ class Spent:
     """Rows that went through coda, readout and the next token's prelude, padding included."""
     prefills: int
     """Times that prompts were read."""
+    core_rows: int
+    """Lanes that the core ran on, idle and stopped ones included."""
 
 
 def requests(

@@ -22,6 +22,15 @@ def first(which: Bool[Array, "B"], many: int) -> tuple[Int[Array, "A"], Bool[Arr
     return rows, jnp.arange(many) < which.sum()
 
 
+def put_rows(whole: Part, rows: Int[Array, "A"], part: Part) -> Part:
+    """`whole` with the leaves of `part` at `rows`, no two the same; one beyond the last is dropped."""
+
+    def one(leaf: jax.Array, new: jax.Array) -> jax.Array:
+        return leaf.at[rows].set(new, mode="drop", unique_indices=True)
+
+    return jax.tree.map(one, whole, part)
+
+
 def widths_for(count: int) -> tuple[int, ...]:
     """Sixteenths up to a half, then three quarters and the whole: at most a sixteenth of the batch is padding where few
     rows run."""

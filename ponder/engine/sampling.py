@@ -64,3 +64,10 @@ class Sampling:
         if self.temperature == 0.0:
             return jnp.argmax(log_probabilities, axis=-1).astype(jnp.int32)
         return jax.vmap(jax.random.categorical)(keys, log_probabilities).astype(jnp.int32)
+
+
+def likelihood(distribution: Float[Array, "*n V"], id: Int[Array, "*n"]) -> Float[Array, "*n"]:
+    """Log-probability of each id; minus infinity of one that is no class, as a word of a prompt may be."""
+    classes = distribution.shape[-1]
+    found = jnp.take_along_axis(distribution, jnp.minimum(id, classes - 1)[..., None], axis=-1)[..., 0]
+    return jnp.where(id < classes, found, -jnp.inf)

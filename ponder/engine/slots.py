@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ponder.engine.control import SAMPLED, Control
 from ponder.engine.rollout import Requests, Rollout
 from ponder.engine.rows import first
-from ponder.engine.sampling import Sampling
+from ponder.engine.sampling import Sampling, likelihood
 from ponder.models.cached import Cache, Decoder, KeysValues, put
 from ponder.models.layers import separated
 from ponder.protocols import Rule
@@ -46,6 +46,7 @@ class Loop(NamedTuple):
     ticks: Int[Array, ""]
     exit_rows: Int[Array, ""]
     prefills: Int[Array, ""]
+    core_rows: Int[Array, ""]
 
 
 class Left(NamedTuple):
@@ -150,7 +151,7 @@ class Engine:
             prompt_log_probability=jnp.zeros(self.requests.prompts.shape, jnp.float32),
         )
         zero = jnp.int32(0)
-        return Loop(slots, self.decoder.empty(lanes), out, zero, zero, zero, zero)
+        return Loop(slots, self.decoder.empty(lanes), out, zero, zero, zero, zero, zero)
 
     def live(self, slots: Slots) -> Bool[Array, "B"]:
         return slots.request < self.count
@@ -292,7 +293,7 @@ class Engine:
             given = self.requests.prompts[source, jnp.minimum(onwards, self.requests.prompts.shape[1] - 1)]
             token = jnp.where(writes, token, given)
             control = jax.tree.map(lambda new, old: _where(writes, new, old), control, own.control)
-        log_probability = jnp.take_along_axis(distribution, token[:, None], axis=1)[:, 0]
+        log_probability = likelihood(distribution, token)
         counts = ~writes | (following.kind == SAMPLED)
         begun = decoder.begin(
             token, onwards if rows is not None else jnp.where(which & ~done, onwards, decoder.length), cache, rows

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ponder.engine.control import SAMPLED
+from ponder.engine.sampling import likelihood
 from ponder.engine.slots import Engine, Loop, Slots
 from ponder.errors import UserError
 from ponder.models.cached import Cache
@@ -158,7 +159,7 @@ def speculative(engine: Engine, new: int, draft: Draft) -> Loop:
 
         # What of the draft stays.
         q, sampled, id, kind, done = (jnp.moveaxis(leaf, 0, 1) for leaf in drafted[2:7])
-        ratio = _of(whole[:, :-1], sampled) - _of(q, sampled)
+        ratio = likelihood(whole[:, :-1], sampled) - likelihood(q, sampled)
         keys = engine.keys(tokens.request, tokens.made).reshape(lanes, count)
         uniform = jax.vmap(jax.vmap(jax.random.uniform))(_folded(keys[:, :-1], decoder.steps + 1))
         given = by_slot + 1 < asked[:, None]
@@ -189,7 +190,7 @@ def speculative(engine: Engine, new: int, draft: Draft) -> Loop:
         writes = valid & ~given
         author = jnp.where(writes, request[:, None], engine.count)
         made = tokens.made.reshape(lanes, count)
-        likely = _of(whole, id)
+        likely = likelihood(whole, id)
         probability = jnp.where(kind == SAMPLED, likely, 0.0)
         depth, halting = (leaf.reshape(lanes, count) for leaf in (tokens.k, tokens.halting))
 
@@ -235,6 +236,7 @@ def speculative(engine: Engine, new: int, draft: Draft) -> Loop:
             out=out,
             ticks=loop.ticks + count * draft.steps + turns,
             exit_rows=loop.exit_rows + lanes * (draft.tokens + count),
+            core_rows=loop.core_rows + lanes * count * (draft.steps + turns),
         )
 
     def until_there_is_room(loop: Loop) -> Loop:
@@ -243,10 +245,6 @@ def speculative(engine: Engine, new: int, draft: Draft) -> Loop:
         )
 
     return jax.lax.while_loop(engine.more, until_there_is_room, engine.start(new))
-
-
-def _of(distribution: Float[Array, "B T V"], id: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    return jnp.take_along_axis(distribution, id[..., None], axis=-1)[..., 0]
 
 
 def _folded(keys: jax.Array, salt: int) -> jax.Array:

@@ -128,7 +128,9 @@ class Decoder:
         if not config.tied and config.steps > 1:
             raise UserError("decoding needs one core for all steps (tied=True): slots stand at different steps")
         self.model, self.length, self.steps = model, length, model.steps
-        self.prelude, self.core, self.coda = map(_layers, (model.prelude, model.core, model.coda))
+        self.prelude, self.core, self.coda = (
+            _layers(stack, model.dtype) for stack in (model.prelude, model.core, model.coda)
+        )
         self.keeping, self.planes = keeping, keeping.planes(config)
 
     def empty(self, slots: int) -> Cache:
@@ -300,11 +302,14 @@ class Decoder:
         return layers.rotations(inside, Sizes.of(config).head_size, config.rope_theta, self.length)
 
 
-def _layers(stack: Any) -> list[layers.Block]:
+def _layers(stack: Any, dtype: Any) -> list[layers.Block]:
+    """Matrices in the dtype that they are multiplied in: cast here they are once, and not at every tick."""
     if stack is None:
         return []
     graph, parameters = nnx.split(stack)
-    return [nnx.merge(graph, layer) for layer in layers.separated(parameters)]
+    found = layers.separated(parameters)
+    cast = [jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, layer) for layer in found]
+    return [nnx.merge(graph, layer) for layer in cast]
 
 
 def _lanes(leaf: jax.Array) -> jax.Array:

@@ -57,11 +57,14 @@ HALTING: Columns = {
     "ideal": lambda row: f"{row['ideal_ratio']:.3f}",
     "of fixed": lambda row: f"{row['ratio_to_fixed']:.3f}",
     "range": lambda row: f"{row['ratio_least']:.3f}-{row['ratio_most']:.3f}",
+    "of ideal": lambda row: f"{row['ratio_to_fixed'] / row['ideal_ratio']:.2f} x",
+    "useful": lambda row: f"{row['useful_flops']:.3g}" if "useful_flops" in row else "-",
+    "spent": lambda row: f"{row['spent_flops']:.3g}" if "spent_flops" in row else "-",
     "CPU": lambda row: f"{row['cpu_ratio_to_fixed']:.3f}",
     "ticks": lambda row: str(row["ticks"]),
     "us a tick": lambda row: f"{row['us_per_tick']:.0f}",
     "fixed": lambda row: f"{row['us_per_tick_fixed']:.0f}",
-    "reading": lambda row: f"{row['us_of_reading']:.0f}" if "us_of_reading" in row else "-",
+    "reading": lambda row: f"{row['us_of_reading']:.0f}" if row.get("us_of_reading") else "-",
     "MiB": lambda row: f"{row['cache_mib']:.1f}" if "cache_mib" in row else "-",
     "equal": lambda row: (
         "-" if row["tokens_equal"] is None else "yes" if row["tokens_equal"] else f"{row['divergences']} differ"
@@ -73,12 +76,12 @@ TABLES = {"train": TRAIN, "decode": DECODE, "depth": DEPTH, "halting": HALTING}
 
 
 def show(rows: Sequence[Row], columns: Columns) -> None:
-    table = rich.table.Table(*(rich.table.Column(name, no_wrap=True) for name in columns))
+    table = rich.table.Table(*(rich.table.Column(name, no_wrap=columns is HALTING) for name in columns))
     for row in rows:
         table.add_row(*(cell(row) for cell in columns.values()))
     console = rich.console.Console()
     # A file has no width, and a table cut to 80 columns cannot be read.
-    (console if console.is_terminal else rich.console.Console(width=190)).print(table)
+    (console if console.is_terminal else rich.console.Console(width=220)).print(table)
 
 
 def markdown(rows: Sequence[Row], columns: Columns, facts: Sequence[tuple[str, str]]) -> str:

@@ -3,8 +3,8 @@
 The map is one ring of towns in a random order, listed town by town: "a>c b>a c>b". Then come the lengths of some walks
 and the town where the first one starts: "2 1 a". The answer is where each walk ends; the next goes on from there: "b
 a". As a road is one token, a step of attention can follow one road, and a walk of h roads takes h of them one after
-the other; or as many as the ring has towns less h, against the roads. So the answer's tokens need depths that differ,
-and the question says which.
+the other (with keys of the prelude, kv="first"; a small map may also be read whole at once). So the
+answer's tokens need depths that differ, and the question says which.
 
 Splits are by hash of map, lengths and start. There is no extrapolation: a length is a word, and a longer one would be a
 word that training has not shown.
@@ -120,11 +120,26 @@ class Roads(Task):
         words = question.split()
         roads, lengths, town = words[: self.towns], words[self.towns : -1], words[-1] if words else ""
         names = TOWNS[: self.towns]
-        pattern = rf"[{names}]>[{names}]"
-        good = len(lengths) == self.walks and town in names and all(re.fullmatch(pattern, road) for road in roads)
-        if not good or [road[0] for road in roads] != list(names) or set(lengths) - set(self.words):
+        counts = {str(1 + i) for i in range(self.hops)}
+        good = len(lengths) == self.walks and set(lengths) <= counts and town in set(names)
+        good = good and all(re.fullmatch(rf"[{names}]>[{names}]", road) for road in roads)
+        if (
+            not good
+            or [road[0] for road in roads] != list(names)
+            or not _is_ring(dict(road.split(">") for road in roads))
+        ):
             raise UserError(
                 f'roads question "{question}": must read as "a>c b>a c>b 2 1 a", with {self.towns} roads from a on, '
                 f"{self.walks} lengths of 1..{self.hops} and a town"
             )
         return roads, lengths, town
+
+
+def _is_ring(leads: dict[str, str]) -> bool:
+    """Whether the roads from any town come by all of them and back."""
+    start = town = next(iter(leads))
+    for passed in range(1, len(leads) + 1):
+        town = leads[town]
+        if town == start:
+            return passed == len(leads)
+    return False
