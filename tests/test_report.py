@@ -181,6 +181,20 @@ def test_one_seed_and_one_arm_are_enough(tmp_path: Path) -> None:
     assert "nan" not in "".join(re.findall(r"<(?:td|text)[^>]*>([^<]*)<", (tmp_path / "page.html").read_text())).lower()
 
 
+def test_a_gap_that_was_not_measured_is_left_blank(tmp_path: Path) -> None:
+    """Rows of `evaluation.compaction`: no run-on loss, in the table, the page and its plot."""
+    entries = synthetic.results_of("pondernet", 2)
+    for entry in entries:
+        for row in entry["evaluations"]:
+            del row["run_on_loss"]
+    report([str(synthetic.workdir(tmp_path / "w", entries))], str(tmp_path / "page.html"))
+    lines = (tmp_path / "page.md").read_text().splitlines()
+    head = next(line for line in lines if "run-on gap" in line).split(" | ")
+    row = next(line for line in lines if line.startswith("| pondernet | quantile")).split(" | ")
+    assert row[head.index("run-on gap")].strip() == ""
+    assert "nan" not in "".join(re.findall(r"<(?:td|text)[^>]*>([^<]*)<", (tmp_path / "page.html").read_text())).lower()
+
+
 def test_a_fixed_depth_whose_cost_is_outside_makes_no_claim(tmp_path: Path) -> None:
     entries = {arm: synthetic.results_of(arm, 3) for arm in ("fixed1", "fixed2", "pondernet")}
     folders = [str(synthetic.workdir(tmp_path / arm, found)) for arm, found in entries.items()]
