@@ -14,11 +14,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ponder import profiling
 from ponder.engine.control import Control, Free
 from ponder.engine.lockstep import lockstep
 from ponder.engine.refill import refill
 from ponder.engine.rollout import Requests, Rollout, Spent
+from ponder.engine.room import check_room
 from ponder.engine.rows import check_widths, widths_for
 from ponder.engine.sampling import Sampling
 from ponder.engine.slots import Engine
@@ -123,14 +123,7 @@ def program(
     cache = jax.eval_shape(
         lambda parameters: Decoder(nnx.merge(graphdef, parameters), length, keeping).empty(slots), parameters
     )
-    wanted, weights = (
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (cache, parameters)
-    )
-    if wanted + weights > (there := profiling.memory()):
-        raise UserError(
-            f"a cache of {slots} slots with {length} positions takes {wanted / 2**30:.1f} GiB beside "
-            f"{weights / 2**30:.1f} of parameters, and the device has {there / 2**30:.1f}: fewer slots or less length"
-        )
+    check_room(cache, parameters, slots, length)
     if "logits" in rule.needs and model.config.coda_layers:
         raise UserError(
             f"{type(rule).__name__} reads the answer at every step, through a coda that would have to show every "
