@@ -130,7 +130,7 @@ class Roads(Task):
         ):
             raise UserError(
                 f'roads question "{question}": must read as "a>c b>a c>b 2 1 a", with {self.towns} roads from a on, '
-                f"{self.walks} lengths of 1..{self.hops} and a town"
+                f"that are one ring, {self.walks} lengths of 1..{self.hops} and a town"
             )
         return roads, lengths, town
 
