@@ -26,7 +26,7 @@ from ponder.tasks.roads import Roads
 ARMS = ("pondernet", "fixed4", "fixed2", "fixed1")
 SEEDS = 3
 STEPS, FEWER = 16, 4  # K of the arm that halts, and of the fixed depth that it begins as
-FLOPS = {False: 46_433_555_251_200.0, True: 2.2e10}  # of every arm; of a smoke run
+FLOPS = {False: 7e13, True: 2.2e10}  # of every arm; of a smoke run
 
 
 def get_config(arm: str = "pondernet", seed: int = 0, blocks: bool = False, smoke: bool = False) -> Config:
@@ -39,7 +39,7 @@ def get_config(arm: str = "pondernet", seed: int = 0, blocks: bool = False, smok
 def of_arm(arm, seed, blocks, smoke) -> Config:
     if arm != "pondernet":
         return of_depth(int(arm.removeprefix("fixed")), Fixed(), seed, blocks, smoke)
-    first = of_depth(FEWER, Fixed(), seed, blocks, smoke, steps=30 if smoke else 2500)
+    first = of_depth(FEWER, Fixed(), seed, blocks, smoke, steps=30 if smoke else 4000)
     whole = of_depth(STEPS, PonderNet(prior=0.3, beta=0.05), seed, blocks, smoke)
     return dataclasses.replace(whole, start=Start(run=first))
 
