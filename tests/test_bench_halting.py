@@ -151,7 +151,14 @@ def test_the_ideal_counts_what_the_lanes_need() -> None:
     rest = lanes.sum() * cost.begin.forward + new.sum() * (cost.finish + cost.logits).forward
     steps = sum(map(sum, depth))
     expected = (steps * cost.step.forward + rest) / (3 * new.sum() * cost.step.forward + rest)
-    assert bench_halting.ideal_ratio(case, made) == pytest.approx(expected, rel=1e-6)
+    own, all_steps = bench_halting.flops_of(case, made)
+    assert own / all_steps == pytest.approx(expected, rel=1e-6)
+    assert own == pytest.approx(steps * cost.step.forward + rest, rel=1e-6)
+    # Spent: what the core ran on, and all rows that went out, padding included.
+    rows, out = 50, 2 * int(new.sum())
+    wide = lanes.sum() * cost.begin.forward + out * (cost.finish + cost.logits).forward
+    found = bench_halting.spent_flops(case, made, np.asarray([9, out, 1, rows]))
+    assert found == pytest.approx(rows * cost.step.forward + wide, rel=1e-6)
 
 
 def test_exits_are_what_they_are_called() -> None:

@@ -112,6 +112,7 @@ def benched() -> Iterator[tuple[list[Any], list[int]]]:
     )
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(profiling, "timed", timed)
+        patched.setattr(profiling, "bandwidth", lambda: 1e10)
         patched.setattr(bench_halting, "EXECUTORS", ("fixed", "masked", "sync", "refill"))
         yield bench_halting.bench(options, 2), compiled
 
