@@ -50,6 +50,10 @@ def test_compaction_runs_the_core_on_the_slots_that_still_think() -> None:
         made, spent = run(parameters, rows, jax.random.key(0), plan)
         assert made.depth[:, 0].tolist() == [1, 1, 2, 4]
         assert (int(spent[0]), int(spent[3])) == (ticks, core_rows), executor
+    # A place that is padding holds a copy of the first slot, and must not count as one that thinks.
+    plan = jnp.broadcast_to(jnp.asarray([4, 1, 1, 2])[:, None], (4, LENGTH)).astype(jnp.int32)
+    run = program(model, RULE, length=LENGTH, new=1, slots=4, together=4, executor="compaction", widths=(1, 3, 4))
+    assert int(run(parameters, rows, jax.random.key(0), plan)[1][3]) == 4 + 3 + 1 + 1
 
 
 def test_a_straggler_holds_up_nobody_but_itself() -> None:
