@@ -2,15 +2,14 @@
 
 Walks on a map, of one to three roads each (`ponder.tasks.roads`): followed road by road, a walk needs as many steps as
 it has roads, and the question says how many. A decoder of one block, up to 16 steps, whose tokens stop by a PonderNet,
-stands beside fixed depths that were trained as such for as many FLOPs; three steps are as many as the longest walk has
-roads, so that depth is the one to beat. The PonderNet begins as a fixed depth of four,
+stands beside fixed depths that were trained as such for as many FLOPs. The PonderNet begins as a fixed depth of four,
 which is cheaper, and is then trained to halt. All of them answer the same questions through the same slots, in turns:
 the gate by every executor (docs/decoding.md), and once with all its 16 steps.
 
 Run:    python -m ponder.train  --config=experiments/halting_speed.py --workdir=runs/halting_speed_run
 Table:  python -m ponder.ablate --config=experiments/halting_speed.py --output=experiments/results/halting_speed
         --workdir=runs/halting_speed --jobs=2
-Clock:  python -m ponder.bench halting --workdir=runs/halting_speed/pondernet-0,runs/halting_speed/fixed3-0 --slots=64
+Clock:  python -m ponder.bench halting --workdir=runs/halting_speed/pondernet-0,runs/halting_speed/fixed2-0 --slots=64
         --requests=8 --output=experiments/results/halting_speed/clock.json
 Quick:  python -m ponder.train  --config=experiments/halting_speed.py:smoke --workdir=runs/halting_speed_smoke
 """
@@ -24,7 +23,7 @@ from ponder.halting.pondernet import PonderNet
 from ponder.models.config import Transformer
 from ponder.tasks.roads import Roads
 
-ARMS = ("pondernet", "fixed4", "fixed3", "fixed2", "fixed1")
+ARMS = ("pondernet", "fixed4", "fixed2", "fixed1")
 SEEDS = 3
 STEPS, FEWER = 16, 4  # K of the arm that halts, and of the fixed depth that it begins as
 FLOPS = {False: 7e13, True: 2.2e10}  # of every arm; of a smoke run

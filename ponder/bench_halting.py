@@ -21,6 +21,7 @@ from etils import epy
 from ponder import bench_forward, compute
 from ponder.errors import UserError
 from ponder.halting.fixed import Fixed
+from ponder.halting.replay import Replay
 from ponder.models.config import Kv, Transformer
 from ponder.models.keeping import KEEPING, Keeping, Missing
 from ponder.models.sizes import Sizes
@@ -34,7 +35,7 @@ with epy.lazy_imports():  # `--help` needs none of these
     from flax import nnx
 
     from ponder import models, profiling, records, train
-    from ponder.engine import generate
+    from ponder.engine import divergence, generate, score
     from ponder.engine import rollout as rollouts
     from ponder.engine import sampling as samplings
     from ponder.models import cached
@@ -319,6 +320,7 @@ def measured(
         for name, place in own.items():
             made, spent = every[place].first
             same = np.asarray((made.ids == reference.ids).all(axis=1) & (made.lengths == reference.lengths))
+            drawn = case.sampling.temperature > 0
             rows.append(
                 {"executor": name, **case.named, "batch": slots, "slots": slots, "requests": len(same)}
                 | {
@@ -333,11 +335,22 @@ def measured(
                     "mean_steps": mean_steps(made),
                     "tokens_equal": None if name == "fixed" else bool(same.all()),
                     "divergences": None if name == "fixed" else int((~same).sum()),
+                    "near_ties": None if name == "fixed" or drawn else near_ties(case, reference, made, ~same),
                 }
                 | case.judged(made)
                 | timed({key: taken[str(own[key])] for key in ("fixed", name)}, name, int(spent[0]), ticks_fixed)
             )
     return rows
+
+
+def near_ties(case: Asked, reference: Any, made: Any, differ: Any) -> int:
+    """How many of the requests that `differ` do so first where the reference was about to decide otherwise."""
+    if not differ.any():
+        return 0
+    rule = case.rule if case.plan is None else Replay(case.rule, score.whole(case.requests, reference)[1])
+    lanes = divergence.parted(case.requests, reference, made)
+    near = divergence.by_rounding(case.model, rule, case.requests, reference, lanes)
+    return int((near & differ).sum())
 
 
 def programs(case: Asked, slots: int, keepings: tuple[Keeping, ...], executors: tuple[Named, ...]) -> list[Timed]:

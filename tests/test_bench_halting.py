@@ -56,13 +56,27 @@ def test_every_executor_on_every_case(tmp_path: Path, capsys: pytest.CaptureFixt
             assert row["ratio_to_fixed"] == row["ideal_ratio"] == 1.0
             assert row["mean_steps"] == 3 and row["ticks"] % 3 == 0
         else:
-            assert row["tokens_equal"] and row["divergences"] == 0
+            assert row["tokens_equal"] and row["divergences"] == row["near_ties"] == 0
             assert row["ideal_ratio"] == 1.0 if row["exits"] == "none" else 0 < row["ideal_ratio"] < 1
         assert row["ratio_least"] <= row["ratio_to_fixed"] <= row["ratio_most"]
     ticks = {row["executor"]: row["ticks"] for row in rows if (row["model"], row["exits"]) == ("core", "geometric")}
     assert ticks["refill"] < ticks["sync"] <= ticks["masked"] == ticks["fixed"]
     shown = capsys.readouterr().out
     assert "prelude+coda" in shown and "refill" in shown
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_difference_that_rounding_does_not_explain_is_no_near_tie(planned: bool) -> None:
+    [case] = bench_halting.made_up(Options(**vars(SMALL) | {"models": ("core",), "exits": ("geometric",)}), 3)
+    case = case if planned else case._replace(plan=None)
+    made, _ = bench_halting.programs(case, 3, (), ("refill",))[-1].first
+    other = made._replace(ids=made.ids.at[1, 0].add(1).at[4, 1].add(1))
+    differ = np.asarray((made.ids != other.ids).any(axis=1))
+    assert differ.tolist() == [False, True, False, False, True, False]
+    assert bench_halting.near_ties(case, made, other, differ) == 0
+    head, word = case.model.head, int(made.ids[4, 1])
+    head[...] = head[...].at[:, (word + 1) % 512].set(head[...][:, word])
+    assert bench_halting.near_ties(case, made, other, differ) == 1
 
 
 def test_executors_that_are_named_alone_are_measured_beside_fixed_depth_and_the_reference() -> None:

@@ -53,6 +53,8 @@ def test_the_table_says_what_was_measured_and_where() -> None:
     table = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     assert [cells[0] for cells in table] == ["| run", "| gate", "| gate", "| two"]
     assert table[2][2] == "64" and table[2][4] == "0.9800 ± 0.0248" and table[2][-1].startswith("599 of 600")
+    near = clock.markdown([each | {"near_ties": each["divergences"]} for each in ROWS], [])
+    assert "| 599 of 600, 1 near |" in near
     one = clock.markdown([row("gate", 0, "fixed", 4.0, 0.97)], [])
     assert "± nan" not in one and "nan" not in one
 

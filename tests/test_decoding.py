@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from ponder import models
-from ponder.engine import slots as engine_slots
+from ponder.engine import reading
 from ponder.engine.control import Free, Insist, Next
 from ponder.engine.generate import generate, program
 from ponder.engine.masked import masked
@@ -134,13 +134,13 @@ def test_samples_of_a_problem_share_the_reading_of_its_prompt(monkeypatch: pytes
     """The same rollouts, with a place for one prompt where there were four; in whatever order the requests come."""
     rows, options = asked_of(3, samples=4), {"sampling": Sampling(temperature=1.0), "slots": 4, "together": 4}
     options["widths"] = (1, 4)
-    one, read, places = answered(rows, **options), engine_slots.read, []
+    one, read, places = answered(rows, **options), reading.read, []
 
-    def counted(decoder: Any, prompts: jax.Array, lengths: jax.Array) -> Any:
-        places.append(len(prompts))
-        return read(decoder, prompts, lengths)
+    def counted(engine: Any, request: jax.Array) -> Any:
+        places.append(len(request))
+        return read(engine, request)
 
-    monkeypatch.setattr(engine_slots, "read", counted)
+    monkeypatch.setattr(reading, "read", counted)
     same(one, answered(rows, samples=4, **options))
     assert set(places) == {1}
     mixed = np.random.default_rng(0).permutation(12)
@@ -229,7 +229,9 @@ def test_recorded_steps_give_the_log_probabilities_again(case: str) -> None:
     assert np.abs(tokens - made.log_probability).max() > 1e-3
 
 
-@pytest.mark.parametrize(("kv", "executor"), [("first", "speculative"), ("depth", "refill"), ("depth", "masked")])
+@pytest.mark.parametrize(
+    ("kv", "executor"), [("first", "refill"), ("first", "speculative"), ("depth", "refill"), ("depth", "masked")]
+)
 def test_a_prompt_that_thinks_comes_back_with_its_log_probabilities(kv: Any, executor: str) -> None:
     model, rows = built(dataclasses.replace(MODEL, kv=kv)), asked_of()
     made = answered(rows, model, sampling=Sampling(temperature=1.0), executor=executor)

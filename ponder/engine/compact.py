@@ -59,6 +59,7 @@ def compact(
         return running.reshape(len(running), -1).any(axis=1) & (walk.k <= steps)
 
     def step_of(rows: Int[jax.Array, "A"]) -> Callable[[Walk], Walk]:
+        rows = jnp.minimum(rows, count - 1)
         given = x[rows], None if together is None else together[rows]
 
         def step(walk: Walk) -> Walk:

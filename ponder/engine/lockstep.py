@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from ponder.engine.reading import answer
 from ponder.engine.rows import check_widths, descend, put_rows
 from ponder.engine.slots import Engine, Loop, Slots
 from ponder.models.cached import Cache
@@ -68,12 +69,7 @@ def lockstep(engine: Engine, new: int, executor: Executor, widths: tuple[int, ..
         )
         return engine.settle(loop, left, written=True)
 
-    def until_there_is_room(loop: Loop) -> Loop:
-        return jax.lax.while_loop(
-            lambda loop: engine.live(loop.slots).any() & ~engine.wants(loop), token, engine.admit(loop)
-        )
-
-    return jax.lax.while_loop(engine.more, until_there_is_room, engine.start(new))
+    return answer(engine, new, token)
 
 
 def take(walk: Walk, places: Int[Array, "A"], which: Bool[Array, "A"]) -> Walk:

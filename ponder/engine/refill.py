@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from ponder.engine.reading import answer
 from ponder.engine.rows import check_widths, first
 from ponder.engine.slots import Engine, Left, Loop, Slots
 from ponder.models.cached import Cache
@@ -66,9 +67,4 @@ def refill(engine: Engine, new: int, widths: tuple[int, ...]) -> Loop:
         )
         return engine.settle(loop, left, written=False)
 
-    def until_there_is_room(loop: Loop) -> Loop:
-        return jax.lax.while_loop(
-            lambda loop: engine.live(loop.slots).any() & ~engine.wants(loop), tick, engine.admit(loop)
-        )
-
-    return jax.lax.while_loop(engine.more, until_there_is_room, engine.start(new))
+    return answer(engine, new, tick)

@@ -58,8 +58,9 @@ def descend(
     Rows only ever stop, so this is a loop for each width, the widest first: rows are gathered where one ends and the
     next begins, and a step moves nothing.
 
-    `step_of(rows)`: the step, on a part of these rows of the batch. `take(part, places, which)`: of these places alone,
-    which run where `which`. `put(whole, rows, part)`: `whole` with `part` at `rows`; one beyond the last is no row.
+    `step_of(rows)`: the step, on a part of these rows of the batch; one beyond the last is padding, as everywhere here.
+    `take(part, places, which)`: of these places alone, which run where `which`. `put(whole, rows, part)`: `whole` with
+    `part` at `rows`.
     """
     rungs, part = widths[::-1], whole
     count = rungs[0]
@@ -68,7 +69,7 @@ def descend(
         if width < count:
             places, which = first(runs(part), width)
             rows, part = jnp.where(which, rows[places], count), take(part, places, which)
-        step = step_of(jnp.minimum(rows, count - 1))
+        step = step_of(rows)
 
         def more(part: Part, below: int = below) -> Bool[Array, ""]:
             return runs(part).sum() > below

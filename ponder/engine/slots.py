@@ -1,8 +1,8 @@
 """Slots: a fixed number of places in which requests are answered, each at its own position and its own step.
 
-What every decoding executor does alike is here: prompts that are read into free slots, the step of the core on all of
-them, what the rule decides, and a lane's way out of the core: coda, readout, draw, control, and the next token's
-prelude.
+What every decoding executor does alike is here: the step of the core on all of them, what the rule decides, and a
+lane's way out of the core: coda, readout, draw, control, and the next token's prelude. Prompts get into them in
+`ponder.engine.reading`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ponder.engine.control import SAMPLED, Control
 from ponder.engine.rollout import Requests, Rollout
-from ponder.engine.rows import first
 from ponder.engine.sampling import Sampling, likelihood
 from ponder.models.cached import Cache, Decoder, KeysValues, put
-from ponder.models.layers import separated
 from ponder.protocols import Rule
 
 
@@ -28,7 +26,7 @@ class Slots(NamedTuple):
 
     request: Int[Array, "B"]  # int32; as many as there are requests where the slot is free
     position: Int[Array, "B"]  # int32, of the token that thinks
-    made: Int[Array, "B"]  # int32, new tokens so far
+    made: Int[Array, "B"]  # int32, new tokens so far; negative within the prompt, tokens to its last
     k: Int[Array, "B"]  # int32, steps that the token has been through
     state: Float[Array, "B D"]
     x: Float[Array, "B D"]
@@ -55,7 +53,7 @@ class Left(NamedTuple):
     rows: Int[Array, "b"]  # their slots; beyond the last where there is no lane
     request: Int[Array, "b"]
     position: Int[Array, "b"]  # of the token that thought
-    place: Int[Array, "b"]  # of the new token among the new ones
+    place: Int[Array, "b"]  # of the new token among the new ones; negative within the prompt
     writes: Bool[Array, "b"]  # there is one: the lane is not within its prompt
     id: Int[Array, "b"]
     kind: Int[Array, "b"]
@@ -99,10 +97,15 @@ class Engine:
         return self.rule.mixes == "states"
 
     @property
+    def prompts_pass(self) -> bool:
+        """Whether a prompt's tokens go through the slots one by one, as new ones do: where a step shows keys of its
+        own, a token has to wait for those before it."""
+        return self.decoder.planes is not None
+
+    @property
     def prompts_think(self) -> bool:
-        """Whether a prompt's tokens go through the slots one by one, as new ones do. Where they show the prelude's keys
-        alone (kv="first", no coda) nobody would see what they think, and they are read in parallel instead."""
-        return self.decoder.planes is not None or bool(self.decoder.coda)
+        """Whether a prompt's tokens think as they are read: a coda shows what came of it."""
+        return not self.prompts_pass and bool(self.decoder.coda)
 
     @property
     def shape(self) -> Any:
@@ -166,62 +169,6 @@ class Engine:
         free = self.slots - self.live(loop.slots).sum()
         return (loop.queue < self.count) & (free >= jnp.minimum(self.together, self.count - loop.queue))
 
-    # Reading prompts
-
-    def admit(self, loop: Loop) -> Loop:
-        """The next requests into free slots: as much of their prompts is read as need not think first."""
-        decoder, many = self.decoder, self.together
-        free = ~self.live(loop.slots)
-        rows, taken = first(free, many)
-        request = loop.queue + jnp.arange(many, dtype=jnp.int32)
-        source = jnp.minimum(request, self.count - 1)
-        # Samples of a problem share its prompt: it is read once for those that come one after the other.
-        problem = self.requests.problem[source]
-        another = jnp.concatenate([jnp.ones(1, bool), problem[1:] != problem[:-1]])
-        which = jnp.cumsum(another, dtype=jnp.int32) - 1
-        taken = taken & (request < self.count) & (which < self.reads)
-        rows = jnp.where(taken, rows, self.slots)
-        own = source[first(another, self.reads)[0]]
-        prompts, lengths = self.requests.prompts[own], self.requests.lengths[own]
-        if self.prompts_think:
-            prompts, lengths = prompts[:, :1], jnp.ones_like(lengths)
-        prefix = jax.tree.map(lambda leaf: leaf[which], read(decoder, prompts, lengths))
-        lengths, slots = lengths[which], loop.slots
-
-        def fill(leaf: jax.Array, new: jax.Array) -> jax.Array:
-            return leaf.at[rows].set(new.astype(leaf.dtype), mode="drop", unique_indices=True)
-
-        zeros = jnp.zeros(many, jnp.int32)
-        slots = Slots(
-            request=fill(slots.request, request),
-            position=fill(slots.position, lengths - 1),
-            made=fill(slots.made, zeros),
-            k=fill(slots.k, zeros),
-            state=fill(slots.state, prefix.state),
-            x=fill(slots.x, prefix.x),
-            mixed=fill(slots.mixed, jnp.zeros((many, slots.mixed.shape[1]))),
-            carry=jax.tree.map(fill, slots.carry, self.memory(many)),
-            control=jax.tree.map(fill, slots.control, self.control.init(many)),
-            halting=fill(slots.halting, zeros),
-        )
-        cache = loop.cache._replace(
-            **{
-                part: jax.tree.map(
-                    lambda kept, new: kept.at[rows, :, : new.shape[2]].set(new, mode="drop", unique_indices=True),
-                    getattr(loop.cache, part),
-                    getattr(prefix.cache, part),
-                )
-                for part in ("prelude", "core")
-                if getattr(prefix.cache, part)
-            }
-        )
-        return loop._replace(
-            slots=slots,
-            cache=cache,
-            queue=jnp.minimum(loop.queue + taken.sum(dtype=jnp.int32), self.count),
-            prefills=loop.prefills + 1,
-        )
-
     # Thinking
 
     def think(
@@ -270,6 +217,10 @@ class Engine:
 
     # On the way out
 
+    def result(self, slots: Slots) -> Float[Array, "B D"]:
+        """What the coda is given."""
+        return slots.mixed.astype(slots.state.dtype) if self.mixes else slots.state
+
     def leave(self, slots: Slots, cache: Cache, rows: Int[Array, "b"] | None, which: Bool[Array, "b"]) -> Left:
         """Coda, readout, draw, control and the next prelude of the slots `rows` (None: all), where `which`.
 
@@ -278,18 +229,17 @@ class Engine:
         decoder = self.decoder
         own = slots if rows is None else jax.tree.map(lambda leaf: leaf[rows], slots)
         place = own.position if rows is not None else jnp.where(which, own.position, decoder.length)
-        result = own.mixed.astype(own.state.dtype) if self.mixes else own.state
-        hidden, coda = decoder.finish(result, place, cache, rows)
+        hidden, coda = decoder.finish(self.result(own), place, cache, rows)
         logits = self.control.mask(own.control, decoder.logits(hidden))
         distribution = self.sampling.log_probabilities(logits)
         sampled = self.sampling.draw(distribution, self.keys(own.request, own.made))
         control, following = self.control(own.control, sampled)
         source = jnp.minimum(own.request, self.count - 1)
-        writes = own.position + 1 >= self.requests.lengths[source]  # a new token, where the prompt ends
+        writes = own.made >= 0  # a new token, where the prompt ends
         done = writes & (following.done | (own.made + 1 >= self.requests.limits[source]))
         onwards = own.position + 1
         token = following.id
-        if self.prompts_think:
+        if self.prompts_pass:
             given = self.requests.prompts[source, jnp.minimum(onwards, self.requests.prompts.shape[1] - 1)]
             token = jnp.where(writes, token, given)
             control = jax.tree.map(lambda new, old: _where(writes, new, old), control, own.control)
@@ -356,7 +306,7 @@ class Engine:
             halt_log_probability=note(out.halt_log_probability, left.halting),
             lengths=out.lengths.at[author].set(left.place + 1, mode="drop", unique_indices=True),
         )
-        if self.prompts_think:
+        if self.prompts_pass:
             reader = jnp.where(left.writes, self.count, left.request)
 
             def note_prompt(leaf: jax.Array, new: jax.Array) -> jax.Array:
@@ -370,7 +320,7 @@ class Engine:
         slots = Slots(
             request=fill(slots.request, jnp.where(left.done, self.count, left.request)),
             position=fill(slots.position, left.position + 1),
-            made=fill(slots.made, left.place + left.writes.astype(jnp.int32)),
+            made=fill(slots.made, left.place + 1),
             k=fill(slots.k, zeros),
             state=fill(slots.state, left.state),
             x=fill(slots.x, left.x),
@@ -381,46 +331,19 @@ class Engine:
         )
         return loop._replace(slots=slots, cache=cache, out=out)
 
-    def keys(self, request: Int[Array, "n"], count: Int[Array, "n"]) -> jax.Array:
-        """[n] keys: of the problem, the sample and the place of the new token alone."""
+    def keys(self, request: Int[Array, "n"], made: Int[Array, "n"]) -> jax.Array:
+        """[n] keys: of the problem, the sample and the place of the new token alone; within the prompt, where `made` is
+        negative, of no sample: all of a problem see the same prompt."""
         source = jnp.minimum(request, self.count - 1)
+        sample = jnp.where(made < 0, 0, self.requests.sample[source])
 
         def one(problem: jax.Array, sample: jax.Array, place: jax.Array) -> jax.Array:
             own = jax.random.fold_in(jax.random.fold_in(self.key, problem), sample)
             return jax.random.fold_in(own, place)
 
-        return jax.vmap(one)(self.requests.problem[source], self.requests.sample[source], count)
-
-
-class Prefix(NamedTuple):
-    """Prompts that have been read; A of them, P long."""
-
-    cache: Cache  # [A, M, P, H] each; nothing where the steps, or the coda, would write it
-    state: Float[Array, "A D"]  # of the last token, before its first step
-    x: Float[Array, "A D"]
-
-
-def read(decoder: Decoder, prompts: Int[Array, "A P"], lengths: Int[Array, "A"]) -> Prefix:
-    """The prelude of whole prompts, in parallel, and the keys of the core that it gives."""
-    model = decoder.model
-    place = jnp.broadcast_to(jnp.arange(prompts.shape[1], dtype=jnp.int32)[None], prompts.shape)
-    context = model.context((place < lengths[:, None]).astype(jnp.int32), place)
-    x, prelude = model.embed(prompts), []
-    for block in decoder.prelude:
-        x, shown = block(x, context)
-        prelude.append(shown)
-    state, x, context = model.ready(x, context)
-    core = _by_layer(context.shown) if decoder.planes is None else []
-    cache = jax.tree.map(lambda shown: jnp.swapaxes(shown, 1, 2), Cache(prelude, core, []))  # heads before places
-    last = jnp.arange(len(prompts)), lengths - 1
-    return Prefix(cache, state[last], x[last])
+        return jax.vmap(one)(self.requests.problem[source], sample, made)
 
 
 def _where(which: Bool[Array, "n"], new: jax.Array, old: jax.Array) -> jax.Array:
     """`new` on the lanes `which`, `old` on the others; leaves [n, ...]."""
     return jnp.where(which.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
-
-
-def _by_layer(shown: Any) -> list[KeysValues]:
-    """The core's keys and values, a pair a layer, in whichever form a context holds them."""
-    return shown if isinstance(shown, list) else separated(shown)

@@ -8,7 +8,7 @@ Decoding": greedy, the same token; in sampling, accepted with probability min(1,
 p has more than q, so that what comes out is distributed as p.
 
 It saves no FLOPs. It saves turns of the core, which cost the same for one token as for some where reading weights is
-what takes time: few slots, or an accelerator. Tokens of a prompt that must think go through as drafts that are true.
+what takes time: few slots, or an accelerator.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ponder.engine.control import SAMPLED
+from ponder.engine.reading import answer
 from ponder.engine.sampling import likelihood
 from ponder.engine.slots import Engine, Loop, Slots
 from ponder.errors import UserError
@@ -54,7 +55,7 @@ class Drafted(NamedTuple):
     runs: Bool[Array, "T B"]  # it has not stopped yet
     distribution: Float[Array, "T B V"]  # log-probabilities of q
     sampled: Int[Array, "T B"]
-    id: Int[Array, "T B"]  # of the next token, as the control wrote it, or the prompt's
+    id: Int[Array, "T B"]  # of the next token, as the control wrote it
     kind: Int[Array, "T B"]
     done: Bool[Array, "T B"]
     control: Any  # memory after it
@@ -68,7 +69,7 @@ def speculative(engine: Engine, new: int, draft: Draft) -> Loop:
     def turn(loop: Loop) -> Loop:
         live = engine.live(loop.slots)
         request = jnp.minimum(loop.slots.request, engine.count - 1)
-        asked, limits = engine.requests.lengths[request], engine.requests.limits[request]
+        limits = engine.requests.limits[request]
 
         def drafting(slots: Slots, cache: Cache) -> tuple[Slots, Bool[Array, "B"]]:
             """The first steps."""
@@ -84,7 +85,7 @@ def speculative(engine: Engine, new: int, draft: Draft) -> Loop:
             slots, cache = walk
             slots, runs = drafting(slots, cache)
             place = jnp.where(live, slots.position, decoder.length)
-            hidden, coda = decoder.finish(result(slots), place, cache, None)
+            hidden, coda = decoder.finish(engine.result(slots), place, cache, None)
             distribution, sampled = drawn(slots, decoder.logits(hidden))
             after, id, kind, done = written(slots, sampled)
             onwards = slots.position + 1
@@ -98,7 +99,7 @@ def speculative(engine: Engine, new: int, draft: Draft) -> Loop:
             """The next token of the same requests, before its first step."""
             return slots._replace(
                 position=position,
-                made=jnp.maximum(position + 1 - asked, 0),
+                made=position + 1 - engine.requests.lengths[request],
                 k=jnp.zeros_like(slots.k),
                 state=state,
                 x=x,
@@ -108,9 +109,6 @@ def speculative(engine: Engine, new: int, draft: Draft) -> Loop:
                 halting=jnp.zeros_like(slots.halting),
             )
 
-        def result(slots: Slots) -> jax.Array:
-            return slots.mixed.astype(slots.state.dtype) if engine.mixes else slots.state
-
         def drawn(slots: Slots, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
             distribution = engine.sampling.log_probabilities(engine.control.mask(slots.control, logits))
             return distribution, engine.sampling.draw(distribution, engine.keys(slots.request, slots.made))
@@ -118,17 +116,7 @@ def speculative(engine: Engine, new: int, draft: Draft) -> Loop:
         def written(slots: Slots, sampled: jax.Array) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
             """What follows: memory, id, kind, and whether nothing does after it."""
             control, following = engine.control(slots.control, sampled)
-            given = engine.requests.prompts[
-                request, jnp.minimum(slots.position + 1, engine.requests.prompts.shape[1] - 1)
-            ]
-            writes = slots.position + 1 >= asked
-            control = jax.tree.map(
-                lambda new, old: jnp.where(writes.reshape(-1, *(1,) * (old.ndim - 1)), new, old),
-                control,
-                slots.control,
-            )
-            done = writes & (following.done | (slots.made + 1 >= limits))
-            return control, jnp.where(writes, following.id, given), following.kind, done
+            return control, following.id, following.kind, following.done | (slots.made + 1 >= limits)
 
         (last, cache), drafted = jax.lax.scan(token, (loop.slots, loop.cache), None, draft.tokens)
         last, runs = drafting(last, cache)
@@ -152,7 +140,7 @@ def speculative(engine: Engine, new: int, draft: Draft) -> Loop:
 
         tokens, _, turns = jax.lax.while_loop(lambda walk: walk[1].any(), rest, (tokens, runs, jnp.int32(0)))
         place = jnp.where(live[:, None], by_slot, decoder.length)
-        hidden, coda = decoder.finish_together(result(tokens).reshape(lanes, count, -1), place, cache.coda)
+        hidden, coda = decoder.finish_together(engine.result(tokens).reshape(lanes, count, -1), place, cache.coda)
         cache = cache._replace(coda=coda)
         logits = engine.control.mask(tokens.control, decoder.logits(hidden.reshape(lanes * count, -1)))
         whole = engine.sampling.log_probabilities(logits).reshape(lanes, count, -1)
@@ -162,8 +150,7 @@ def speculative(engine: Engine, new: int, draft: Draft) -> Loop:
         ratio = likelihood(whole[:, :-1], sampled) - likelihood(q, sampled)
         keys = engine.keys(tokens.request, tokens.made).reshape(lanes, count)
         uniform = jax.vmap(jax.vmap(jax.random.uniform))(_folded(keys[:, :-1], decoder.steps + 1))
-        given = by_slot + 1 < asked[:, None]
-        stays = given[:, :-1] | (jnp.log(uniform) < ratio)
+        stays = jnp.log(uniform) < ratio
         kept = jnp.cumprod(stays.astype(jnp.int32), axis=1).sum(axis=1)  # 0 .. tokens
 
         # And what comes in place of the first that does not, or after all.
@@ -187,19 +174,16 @@ def speculative(engine: Engine, new: int, draft: Draft) -> Loop:
         over = done[slots_of, end]
 
         # The record.
-        writes = valid & ~given
-        author = jnp.where(writes, request[:, None], engine.count)
+        author = jnp.where(valid, request[:, None], engine.count)
         made = tokens.made.reshape(lanes, count)
-        likely = likelihood(whole, id)
-        probability = jnp.where(kind == SAMPLED, likely, 0.0)
+        probability = jnp.where(kind == SAMPLED, likelihood(whole, id), 0.0)
         depth, halting = (leaf.reshape(lanes, count) for leaf in (tokens.k, tokens.halting))
 
         def note(leaf: jax.Array, values: jax.Array) -> jax.Array:
             return leaf.at[author, made].set(values.astype(leaf.dtype), mode="drop", unique_indices=True)
 
         out = loop.out
-        reader = jnp.where(valid & given, request[:, None], engine.count)
-        total = jnp.where(writes, made + 1, 0).max(axis=1)
+        total = jnp.where(valid, made + 1, 0).max(axis=1)
         out = out._replace(
             ids=note(out.ids, id),
             kind=note(out.kind, kind),
@@ -208,10 +192,6 @@ def speculative(engine: Engine, new: int, draft: Draft) -> Loop:
             halt_log_probability=note(out.halt_log_probability, halting),
             lengths=out.lengths.at[jnp.where(total > 0, request, engine.count)].set(
                 total, mode="drop", unique_indices=True
-            ),
-            prompt_depth=out.prompt_depth.at[reader, by_slot].set(depth, mode="drop", unique_indices=True),
-            prompt_log_probability=out.prompt_log_probability.at[reader, by_slot].set(
-                likely, mode="drop", unique_indices=True
             ),
         )
 
@@ -239,12 +219,7 @@ def speculative(engine: Engine, new: int, draft: Draft) -> Loop:
             core_rows=loop.core_rows + lanes * count * (draft.steps + turns),
         )
 
-    def until_there_is_room(loop: Loop) -> Loop:
-        return jax.lax.while_loop(
-            lambda loop: engine.live(loop.slots).any() & ~engine.wants(loop), turn, engine.admit(loop)
-        )
-
-    return jax.lax.while_loop(engine.more, until_there_is_room, engine.start(new))
+    return answer(engine, new, turn)
 
 
 def _folded(keys: jax.Array, salt: int) -> jax.Array:

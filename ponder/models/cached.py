@@ -206,6 +206,37 @@ class Decoder:
             h = layer.after(h, mixed)
         return h
 
+    def step_of_some(
+        self,
+        state: Float[Array, "n D"],
+        x: Float[Array, "n D"],
+        lanes: Int[Array, "n"],
+        position: Int[Array, "n"],
+        shown: list[KeysValues],
+    ) -> Float[Array, "n D"]:
+        """A step of some tokens of A whole prompts, kv="first" alone.
+
+        `lanes`: which of all A P they are, in order, all of them where as many; one beyond the last is padding.
+        `position`: the same within their prompts. `shown`: keys and values of the prompts, [A, M, P, H] a layer.
+        Attention runs on all places of the prompts, the rest on those tokens alone: gathering keys for each of them
+        would take longer.
+        """
+        prompts, _, width, _ = shown[0][0].shape
+        count = prompts * width
+        h = self.model.injected(state[:, None], x[:, None], 0)
+        cosine, sine = self._angles(position)
+        seen = jnp.broadcast_to(jnp.tri(width, dtype=bool), (prompts, width, width))
+        for layer, own in zip(self.core, shown, strict=True):
+            query = layer.queries(layer.attention_norm(h), cosine, sine)[:, 0]
+            if len(lanes) < count:
+                query = jnp.zeros((count, *query.shape[1:]), query.dtype).at[lanes].set(query, mode="drop")
+            mixed = attend_together(query.reshape(prompts, width, *query.shape[1:]), own, seen)
+            mixed = mixed.reshape(count, *mixed.shape[2:])
+            if len(lanes) < count:
+                mixed = mixed[jnp.minimum(lanes, count - 1)]
+            h = layer.after(h, mixed[:, None])
+        return h[:, 0]
+
     def finish_together(
         self, state: Float[Array, "B T D"], position: Int[Array, "B T"], cache: list[KeysValues]
     ) -> tuple[Float[Array, "B T D"], list[KeysValues]]:

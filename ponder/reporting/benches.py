@@ -16,6 +16,11 @@ def spread(row: Row) -> str:
     return f"{row['seconds_least'] * 1e3:.0f}-{row['seconds_most'] * 1e3:.0f}"
 
 
+def differ(row: Row) -> str:
+    near = row.get("near_ties")
+    return f"{row['divergences']} differ" + ("" if near is None else f", {near} near")
+
+
 TRAIN: Columns = {
     "row": lambda row: row["name"],
     "tok/s": lambda row: f"{row['tokens_per_second']:.0f}",
@@ -66,9 +71,7 @@ HALTING: Columns = {
     "fixed": lambda row: f"{row['us_per_tick_fixed']:.0f}",
     "reading": lambda row: f"{row['us_of_reading']:.0f}" if row.get("us_of_reading") else "-",
     "MiB": lambda row: f"{row['cache_mib']:.1f}" if "cache_mib" in row else "-",
-    "equal": lambda row: (
-        "-" if row["tokens_equal"] is None else "yes" if row["tokens_equal"] else f"{row['divergences']} differ"
-    ),
+    "equal": lambda row: "-" if row["tokens_equal"] is None else "yes" if row["tokens_equal"] else differ(row),
     "accuracy": lambda row: "-" if row["accuracy"] is None else f"{row['accuracy']:.4f}",
 }
 TABLES = {"train": TRAIN, "decode": DECODE, "depth": DEPTH, "halting": HALTING}

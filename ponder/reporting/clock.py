@@ -29,6 +29,8 @@ class Line:
     metric: Interval
     equal: int
     """Requests that were answered as the reference does, of `requests`."""
+    near: int
+    """Others that part from it where it was about to decide otherwise itself."""
     requests: int
     milliseconds: Interval
     """Wall-clock a request."""
@@ -65,6 +67,7 @@ def lines(rows: Sequence[Row]) -> list[Line]:
             steps=interval(lambda row: row["mean_steps"]),
             metric=interval(lambda row: row[metric]),
             equal=sum(row["requests"] - (row["divergences"] or 0) for row in group),
+            near=sum(row.get("near_ties") or 0 for row in group),
             requests=sum(row["requests"] for row in group),
             milliseconds=interval(lambda row: 1e3 * row["seconds"] / row["requests"]),
             ratio=interval(lambda row: row["ratio_to_fixed"]),
@@ -92,7 +95,7 @@ def markdown(rows: Sequence[Row], facts: Sequence[tuple[str, str]]) -> str:
             shown(line.steps, 2),
         ]
         cells += [shown(line.milliseconds, 3), shown(line.ratio, 3), shown(line.ideal, 3), shown(line.us_per_tick, 0)]
-        cells += [f"{line.cache_mib:.1f}", "" if line.executor == FIXED else f"{line.equal} of {line.requests}"]
+        cells += [f"{line.cache_mib:.1f}", "" if line.executor == FIXED else as_reference(line)]
         text.append("| " + " | ".join(cells) + " |")
     notes = {
         "executor": "`fixed`: all K steps; the others stop where the run's own rule does, see docs/decoding.md",
@@ -101,9 +104,14 @@ def markdown(rows: Sequence[Row], facts: Sequence[tuple[str, str]]) -> str:
         "ms a request": "wall-clock, median of turns that all lines take in one process, over the requests of a seed",
         "of fixed": "the same beside K steps of the same model, turn by turn",
         "ideal": "the same in FLOPs of the ledger, without padding, idle slots or bookkeeping",
-        "as the reference": "requests whose every token is that of the masked executor",
+        "as the reference": "requests whose every token is that of the masked executor; near: others, which part from "
+        "it at two tokens, or a gate and its threshold, that are within 1e-4 of each other",
     }
     return "\n".join([*text, "", *(f"- **{name}**: {note}" for name, note in notes.items()), ""])
+
+
+def as_reference(line: Line) -> str:
+    return f"{line.equal} of {line.requests}" + (f", {line.near} near" if line.near else "")
 
 
 def shown(value: Interval, digits: int) -> str:
