@@ -6,7 +6,10 @@ masked reference. Both compile once for a size of prompt, and again where one is
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -15,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from ponder import compute, records, sweep, train
 from ponder.config import Config
@@ -102,6 +107,7 @@ class Writer:
         self._sampling, self._key = sampling, jax.random.key(seed)
         self._parameters = nnx.split(model, nnx.Param)[1]
         self._programs: dict[tuple[int, ...], Any] = {}
+        self._bar: Progress | None = None
 
     def __call__(self, prompts: list[str]) -> list[Thought]:
         task = self._config.task
@@ -120,11 +126,31 @@ class Writer:
         asked = asked._replace(prompts=jnp.pad(asked.prompts, ((0, 0), (0, wider))))
         slots = min(MOST_SLOTS, len(asked.lengths))
         run = self._program(asked, length, max(new), slots)
-        start = time.perf_counter()
-        made, _ = jax.block_until_ready(run(self._parameters, asked, self._key))
-        seconds = time.perf_counter() - start
+        with self._progress(int(asked.limits.sum())):
+            start = time.perf_counter()
+            made, _ = jax.block_until_ready(run(self._parameters, asked, self._key))
+            seconds = time.perf_counter() - start
         asked, made = jax.tree.map(np.asarray, (asked, made))
         return [self._thought(asked, made, row, seconds) for row in range(len(asked.lengths))]
+
+    @contextlib.contextmanager
+    def _progress(self, most: int) -> Iterator[None]:
+        """A bar on the terminal, gone when all is written."""
+        if not sys.stderr.isatty():
+            yield
+            return
+        columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+            bar.add_task("", total=most, rate="")
+            self._bar = bar
+            yield
+            self._bar = None
+
+    def _report(self, written: Any) -> None:
+        if self._bar is not None:
+            [task] = self._bar.tasks
+            rate = int(written) / max(task.elapsed or 0.0, 1e-9)
+            self._bar.update(task.id, completed=int(written), rate=f"{rate:,.0f} tokens/s")
 
     def _program(self, asked: Requests, length: int, new: int, slots: int) -> Any:
         size = (*asked.prompts.shape, length, new, slots)
@@ -138,6 +164,7 @@ class Writer:
                 sampling=self._sampling,
                 slots=slots,
                 samples=self._samples,
+                report=self._report if sys.stderr.isatty() else None,
             )
             self._programs[size] = run.lower(self._parameters, asked, self._key).compile()
         return self._programs[size]

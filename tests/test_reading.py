@@ -13,6 +13,7 @@ from flax import nnx
 from test_decoding import MODEL, same, taken, whole
 
 from ponder import models
+from ponder.engine import reading
 from ponder.engine.control import Free
 from ponder.engine.generate import generate, program
 from ponder.engine.reading import ladder
@@ -40,14 +41,20 @@ def asked(count: int = 9, *, samples: int = 1, new: int = 2) -> Any:
     return requests(prompts, new=new, length=LENGTH, vocabulary=VOCABULARY, samples=samples)
 
 
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two widths alone, which compile sooner."""
+    monkeypatch.setattr(reading, "ladder", lambda count: (count // 3, count))
+
+
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
     ("config", "rule"),
     [
-        (MODEL, PonderNet()),
-        (MODEL, Act()),
         (dataclasses.replace(MODEL, core_layers=2, coda_layers=2, unroll=False), PonderNet()),
+        (MODEL, Act()),
     ],
-    ids=["pondernet", "act", "two layers"],
+    ids=["pondernet", "act"],
 )
 def test_prompts_of_any_length_think_as_the_reference_does(config: Any, rule: Any) -> None:
     """Steps and log-probabilities of every token of them, and of the tokens that follow."""
@@ -83,7 +90,7 @@ def test_the_core_runs_on_the_tokens_that_still_think() -> None:
     run = program(model, PonderNet(), length=LENGTH, new=1, slots=4, together=4, executor="sync")
     made, spent = run(nnx.split(model, nnx.Param)[1], rows, jax.random.key(0), jnp.asarray(plan))
     depths, lengths, rungs = np.asarray(made.prompt_depth), np.asarray(rows.lengths), ladder(4 * 20)
-    assert rungs == (10, 15, 20, 25, 30, 35, 40, 60, 80)
+    assert rungs == (10, 20, 30, 40, 60, 80)
     for row, length in enumerate(lengths):
         np.testing.assert_array_equal(depths[row, : length - 1], plan[row, : length - 1])
     reading = 0
@@ -112,16 +119,16 @@ def test_some_tokens_of_a_prompt_step_as_all_of_them() -> None:
     np.testing.assert_allclose(found[:4], expected[some], atol=1e-6)
 
 
-@pytest.mark.parametrize("exit", ["quantile", "bernoulli"])
-def test_a_prompt_thinks_alike_for_all_of_its_samples(exit: Any) -> None:
-    """Also where exits are drawn: which samples it is read for together is an accident."""
-    model, rows, rule = built(), asked(5, samples=3), PonderNet(exit=exit)
+@pytest.mark.usefixtures("narrow")
+def test_a_prompt_thinks_alike_for_all_of_its_samples() -> None:
+    """Where exits are drawn, too: which samples it is read for together is an accident."""
+    model, rows, rule = built(), asked(5, samples=3), PonderNet(exit="bernoulli")
     options: dict[str, Any] = {"length": LENGTH, "sampling": Sampling(temperature=1.0)}
 
     def answered(rows: Any, **more: Any) -> Any:
         return jax.device_get(generate(model, rule, rows, jax.random.key(3), **options, **more)[0])
 
-    one = answered(rows, slots=15, together=15, widths=(15,), samples=3)
+    one = answered(rows, slots=6, together=6, widths=(6,), samples=3)
     for row in range(0, 15, 3):
         np.testing.assert_array_equal(one.prompt_depth[row : row + 3], one.prompt_depth[[row] * 3])
     assert (one.ids[0] != one.ids[1]).any() or (one.ids[3] != one.ids[4]).any()
@@ -130,6 +137,20 @@ def test_a_prompt_thinks_alike_for_all_of_its_samples(exit: Any) -> None:
     same(taken(one, order), answered(taken(rows, order), slots=4, together=3, widths=(4,), executor="masked"))
 
 
+@pytest.mark.parametrize("executor", ["refill", "speculative"])
+def test_a_report_says_how_many_tokens_there_are(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "TICKS_A_REPORT", 4)
+    model, rows, told = built(dataclasses.replace(MODEL, coda_layers=0)), asked(), list[int]()
+    options: dict[str, Any] = {"length": LENGTH, "slots": 2, "together": 1, "widths": (2,), "executor": executor}
+    made, spent = generate(model, PonderNet(), rows, jax.random.key(0), report=lambda n: told.append(int(n)), **options)
+    jax.effects_barrier()
+    assert len(told) in (spent.ticks // 4, spent.ticks // 4 - 1) or (executor == "speculative" and told)
+    assert sorted(told) == told and 0 < told[-1] <= int(made.lengths.sum())
+    silent, _ = generate(model, PonderNet(), rows, jax.random.key(0), **options)
+    same(made, silent)
+
+
+@pytest.mark.usefixtures("narrow")
 def test_what_a_control_forbids_has_no_probability_in_a_prompt() -> None:
     rows = asked(5)
     options: dict[str, Any] = {"length": LENGTH, "slots": 4, "widths": (4,), "sampling": Sampling(temperature=1.0)}

@@ -8,6 +8,7 @@ long as the slowest of the slots, `compaction` as many turns, on ever fewer of t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -86,6 +87,7 @@ def program(
     samples: int = 1,
     draft: Draft = DRAFT,
     keeping: Keeping = KEEPING,
+    report: Callable[[Any], None] | None = None,
 ) -> Program:
     """A jitted function of (parameters, requests, key) to a rollout and the numbers of `Spent`, [4].
 
@@ -104,6 +106,7 @@ def program(
         are filled in together, and only a G-th as many prompts have a place in that program.
       draft: how tokens are drafted, `speculative` alone.
       keeping: keys that the cache keeps, where those that a model of kv="depth" was trained with are too many.
+      report: called every 256 ticks, from another thread, with the number of tokens written so far: for a progress bar.
 
     Raises UserError, before anything is compiled, where model, control and sizes do not fit.
     """
@@ -145,7 +148,7 @@ def program(
         parameters: Any, requests: Requests, key: jax.Array, plan: jax.Array | None = None
     ) -> tuple[Rollout, jax.Array]:
         decoder = Decoder(nnx.merge(graphdef, parameters), length, keeping)
-        engine = Engine(decoder, rule, control, sampling, requests, key, slots, together, reads, plan)
+        engine = Engine(decoder, rule, control, sampling, requests, key, slots, together, reads, plan, report)
         loops = {
             "refill": lambda: refill(engine, new, widths),
             "sync": lambda: lockstep(engine, new, "sync"),

@@ -21,6 +21,8 @@ from ponder.engine.slots import Engine, Loop, Slots
 from ponder.models.cached import Cache, KeysValues
 from ponder.models.layers import separated
 
+TICKS_A_REPORT = 256
+
 
 class Prefix(NamedTuple):
     """Prompts that have been read; A of them, P long."""
@@ -38,9 +40,16 @@ def answer(engine: Engine, new: int, turn: Callable[[Loop], Loop]) -> Loop:
 
     `new`: N, most new tokens of one."""
 
+    def reported(before: Loop) -> Loop:
+        loop, report = turn(before), engine.report
+        if report is not None:
+            due = loop.ticks // TICKS_A_REPORT > before.ticks // TICKS_A_REPORT
+            jax.lax.cond(due, lambda: jax.debug.callback(report, loop.out.lengths.sum()), lambda: None)
+        return loop
+
     def until_there_is_room(loop: Loop) -> Loop:
         return jax.lax.while_loop(
-            lambda loop: engine.live(loop.slots).any() & ~engine.wants(loop), turn, admit(engine, loop)
+            lambda loop: engine.live(loop.slots).any() & ~engine.wants(loop), reported, admit(engine, loop)
         )
 
     return jax.lax.while_loop(engine.more, until_there_is_room, engine.start(new))
@@ -210,8 +219,8 @@ def think(
 
 
 def ladder(count: int) -> tuple[int, ...]:
-    """As in `widths_for`, from eight lanes on: fewer take no less time."""
-    return tuple(width for width in widths_for(count) if width >= min(8, count))
+    """Eighths, from eight lanes on: fewer take no less time, and each width is a core to compile."""
+    return tuple(width for width in widths_for(count, parts=8) if width >= min(8, count))
 
 
 def take(walk: Walk, places: Int[Array, "n"], which: Bool[Array, "n"]) -> Walk:

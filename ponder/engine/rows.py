@@ -31,10 +31,10 @@ def put_rows(whole: Part, rows: Int[Array, "A"], part: Part) -> Part:
     return jax.tree.map(one, whole, part)
 
 
-def widths_for(count: int) -> tuple[int, ...]:
-    """Sixteenths up to a half, then three quarters and the whole: at most a sixteenth of the batch is padding where few
-    rows run."""
-    step = max(1, count // 16)
+def widths_for(count: int, parts: int = 16) -> tuple[int, ...]:
+    """Sixteenths (or so many `parts`) up to a half, then three quarters and the whole: at most a sixteenth of the batch
+    is padding where few rows run."""
+    step = max(1, count // parts)
     return tuple(sorted({*range(step, count // 2 + 1, step), max(1, 3 * count // 4), count}))
 
 

@@ -8,6 +8,7 @@ lane's way out of the core: coda, readout, draw, control, and the next token's p
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -86,6 +87,8 @@ class Engine:
     """Different prompts that are read for them."""
     plan: Int[Array, "R L"] | None = None
     """Steps of each request's lanes, in place of the rule's decision. None: the rule decides."""
+    report: Callable[[Any], None] | None = None
+    """Told how many tokens have been written, every so many ticks (`ponder.engine.reading.answer`)."""
 
     @property
     def count(self) -> int:
