@@ -9,8 +9,8 @@ the gate by every executor (docs/decoding.md), and once with all its 16 steps.
 Run:    python -m ponder.train  --config=experiments/halting_speed.py --workdir=runs/halting_speed_run
 Table:  python -m ponder.ablate --config=experiments/halting_speed.py --output=experiments/results/halting_speed
         --workdir=runs/halting_speed --jobs=2
-Clock:  python -m ponder.bench halting --workdir=runs/halting_speed/pondernet-0,runs/halting_speed/fixed2-0 --slots=64
-        --requests=8 --output=experiments/results/halting_speed/clock.json
+Clock:  python -m ponder.bench halting --workdir=runs/halting_speed --slots=64 --requests=8
+        --output=experiments/results/halting_speed/clock.json
 Quick:  python -m ponder.train  --config=experiments/halting_speed.py:smoke --workdir=runs/halting_speed_smoke
 """
 

@@ -9,8 +9,8 @@ trained with, which fill the missing steps by projection or keep fewer planes (d
 Run:    python -m ponder.train  --config=experiments/kv.py:arm=depth --workdir=runs/kv_run
 Table:  python -m ponder.ablate --config=experiments/kv.py --output=experiments/results/kv --workdir=runs/kv --jobs=2
         and --config=experiments/kv.py:task=text into experiments/results/kv_text
-Clock:  python -m ponder.bench halting --workdir=runs/kv/first-0,runs/kv/frozen-0 --missing=projected --ring=1,2,4
-        --slots=64 --output=experiments/results/kv/clock.json
+Clock:  python -m ponder.bench halting --workdir=runs/kv --missing=projected --ring=1,2,4 --slots=64
+        --output=experiments/results/kv/clock.json, and of text the same with runs/kv_text
 Quick:  python -m ponder.train  --config=experiments/kv.py:smoke --workdir=runs/kv_smoke
 """
 

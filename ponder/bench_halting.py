@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-from etils import epy
+from etils import epath, epy
 
 from ponder import bench_forward, compute
 from ponder.errors import UserError
@@ -55,7 +55,8 @@ class Options:
     """Of `ponder.bench halting` alone."""
 
     workdir: tuple[str, ...] = ()
-    """Trained runs that are asked their task's test questions. Default: a model with random weights, exits made up."""
+    """Trained runs, or folders of them, that are asked their task's test questions. Default: random weights, and exits
+    that are made up."""
     models: tuple[Build, ...] = get_args(Build)
     """Decoders of a core and a head, or with a prelude and a coda block; or whole rows (`ponder.bench_forward`)."""
     kv: tuple[Kv, ...] = ("first",)
@@ -128,11 +129,12 @@ def bench(options: Options, repeats: int) -> list[Row]:
         if not 1 <= fewest <= most:
             raise UserError(f"--{name}={fewest} {most}: must be at least 1, and rise")
     # Made-up cases one by one, runs together.
+    workdirs = [path for each in options.workdir for path in records.workdirs(each)]
     cases = [
         (slots, group)
         for slots in options.slots
         for group in (
-            [[trained(options, workdir, slots) for workdir in options.workdir]]
+            [[trained(options, workdir, slots) for workdir in workdirs]]
             if options.workdir
             else [[case] for case in made_up(options, slots)]
         )
@@ -214,7 +216,7 @@ def unjudged(made: Any) -> Row:
     return {"accuracy": None, "bits_per_byte": None}
 
 
-def trained(options: Options, workdir: str, slots: int) -> Asked:
+def trained(options: Options, workdir: epath.Path, slots: int) -> Asked:
     """A run's own rule on questions of its task's test split; of a text its windows, read as prompts."""
     config = records.read_config(workdir)
     model = train.load(workdir)

@@ -167,6 +167,22 @@ def write_whole(path: epath.PathLike, text: str) -> None:
         raise UserError(f"workdir {path.parent} cannot be written ({error.strerror})") from error
 
 
+def workdirs(folder: epath.PathLike) -> list[epath.Path]:
+    """The folder itself where it is a run's, else the runs in it, by name, as `ponder.ablate` leaves them there.
+
+    Raises UserError where there is none, or where one of several has not been trained to its end."""
+    folder = epath.Path(folder)
+    if (folder / "config.json").exists():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob("*/config.json"))
+    if not found:
+        raise UserError(f"{folder} is no workdir, and there is none in it: name runs of ponder.train or ponder.ablate")
+    for path in found:
+        if not (path / RESULTS).exists():
+            raise UserError(f"{path} has not been trained to its end: train it, or name the runs one by one")
+    return found
+
+
 def read_config(workdir: epath.PathLike) -> Config:
     """The configuration of a workdir. Raises UserError where there is none, or it is damaged or of a newer format."""
     return read_file(epath.Path(workdir) / "config.json")

@@ -190,12 +190,14 @@ def test_trained_runs_answer_their_test_questions_in_turns(tmp_path: Path, capsy
     fixed = tiny.config(model__kv="first", model__halting_head=False, rule=Fixed(), name="fixed", seed=3)
     for name, config in (("halting", halting), ("fixed", fixed)):
         ponder.train(config, tmp_path / name)
-    workdirs, output = (str(tmp_path / "halting"), str(tmp_path / "fixed")), tmp_path / "clock.json"
-    bench.body(bench.Options("halting", workdir=workdirs, slots=(2,), requests=2, repeats=1, output=str(output)))
+    output = tmp_path / "clock.json"
+    bench.body(
+        bench.Options("halting", workdir=(str(tmp_path),), slots=(2,), requests=2, repeats=1, output=str(output))
+    )
     rows = json.loads(output.read_text())["rows"]
-    assert [row["executor"] for row in rows] == [*bench_halting.EXECUTORS, "fixed"]
-    assert [(row["run"], row["seed"]) for row in rows[-2:]] == [(halting.name, halting.seed), ("fixed", 3)]
-    accuracy = {row["executor"]: row["accuracy"] for row in rows[:-1]}
+    assert [row["executor"] for row in rows] == ["fixed", *bench_halting.EXECUTORS]
+    assert [(row["run"], row["seed"]) for row in rows[:2]] == [("fixed", 3), (halting.name, halting.seed)]
+    accuracy = {row["executor"]: row["accuracy"] for row in rows[1:]}
     assert accuracy["refill"] == accuracy["masked"] == accuracy["sync"] is not None
     assert {row["exits"] for row in rows} == {"quantile", "last"} and all(row["requests"] == 4 for row in rows)
     prompts, answers = bench_halting.questions(halting.task, "test", 4)
@@ -203,6 +205,11 @@ def test_trained_runs_answer_their_test_questions_in_turns(tmp_path: Path, capsy
         assert halting.task.verify(halting.task.decode(prompt), halting.task.decode(answer))
     assert "python -m ponder.bench" in output.with_suffix(".md").read_text()
     assert output.with_suffix(".svg").read_text().startswith("<svg")
+    (tmp_path / "fixed" / "results.json").unlink()
+    with pytest.raises(UserError, match="fixed has not been trained to its end"):
+        bench_halting.bench(Options(workdir=(str(tmp_path),)), 1)
+    with pytest.raises(UserError, match="is no workdir, and there is none in it"):
+        bench_halting.bench(Options(workdir=(str(tmp_path / "nowhere"),)), 1)
 
 
 def test_windows_of_a_text_are_read_as_prompts(tmp_path: Path) -> None:
