@@ -191,9 +191,8 @@ def test_trained_runs_answer_their_test_questions_in_turns(tmp_path: Path, capsy
     for name, config in (("halting", halting), ("fixed", fixed)):
         ponder.train(config, tmp_path / name)
     output = tmp_path / "clock.json"
-    bench.body(
-        bench.Options("halting", workdir=(str(tmp_path),), slots=(2,), requests=2, repeats=1, output=str(output))
-    )
+    options = Options(workdir=(str(tmp_path),), slots=(2,), requests=2)
+    bench.body(bench.Options("halting", repeats=1, output=str(output), **vars(options)))
     rows = json.loads(output.read_text())["rows"]
     assert [row["executor"] for row in rows] == ["fixed", *bench_halting.EXECUTORS]
     assert [(row["run"], row["seed"]) for row in rows[:2]] == [("fixed", 3), (halting.name, halting.seed)]
