@@ -62,6 +62,7 @@ def of_depth(depth, rule, seed, blocks, smoke, steps=1) -> Config:
             coda_layers=int(blocks),
             kv="first",
             halting_head=rule != Fixed(),
+            halting_bias=0.0 if rule == Fixed() else -2.0,  # a gate that stops at once unlearns what four steps know
         ),
         rule=rule,
         optim=Optim(lr=1e-3, warmup_steps=10 if smoke else 30, weight_decay=0.01),
