@@ -116,7 +116,7 @@ def test_every_rule_trains_and_is_walked_on_parity(rule: str, tmp_path) -> None:
 def test_rows_of_the_committed_table_are_of_todays_settings(path: Path) -> None:
     """Whatever fields have come since: nothing of a committed table is to be run again for its settings."""
     output = ROOT / "experiments" / "results" / path.stem
-    if not output.exists():
+    if not (output / "table.json").exists():
         pytest.skip("its table has not been made")
     options = ablate.Options(output=str(output), accept_old_code=True)
     members = ablate.plan(cli.Experiment.load(str(path)), options)
