@@ -14,7 +14,7 @@ import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from etils import epath, epy
 
@@ -349,7 +349,8 @@ def near_ties(case: Asked, reference: Any, made: Any, differ: Any) -> int:
     """How many of the requests that `differ` do so first where the reference was about to decide otherwise."""
     if not differ.any():
         return 0
-    rule = case.rule if case.plan is None else Replay(case.rule, score.whole(case.requests, reference)[1])
+    recorded = Replay(case.rule, score.whole(case.requests, reference)[1])
+    rule = case.rule if case.plan is None else cast(Rule, recorded)
     lanes = divergence.parted(case.requests, reference, made)
     near = divergence.by_rounding(case.model, rule, case.requests, reference, lanes)
     return int((near & differ).sum())

@@ -32,7 +32,6 @@ class Prefix(NamedTuple):
     x: Float[Array, "A D"]
     depth: Int[Array, "A P"]  # int32, steps of all tokens but the last; 0 where they need not think
     log_probability: Float[Array, "A P"]  # fp32, of the token that follows; of those that think
-    core_rows: Int[Array, ""]  # lanes that the core ran on
 
 
 def answer(engine: Engine, new: int, turn: Callable[[Loop], Loop]) -> Loop:
@@ -67,8 +66,8 @@ def admit(engine: Engine, loop: Loop) -> Loop:
     which = jnp.cumsum(another, dtype=jnp.int32) - 1
     taken = taken & (request < engine.count) & (which < engine.reads)
     rows = jnp.where(taken, rows, engine.slots)
-    prefix = read(engine, source[first(another, engine.reads)[0]])
-    of_prompt = jax.tree.map(lambda leaf: leaf[which], prefix._replace(core_rows=None))
+    prefix, core_rows = read(engine, source[first(another, engine.reads)[0]])
+    of_prompt = jax.tree.map(lambda leaf: leaf[which], prefix)
     lengths, slots = asked.lengths[source], loop.slots
 
     def fill(leaf: jax.Array, new: jax.Array) -> jax.Array:
@@ -109,13 +108,13 @@ def admit(engine: Engine, loop: Loop) -> Loop:
         ),
         queue=jnp.minimum(loop.queue + taken.sum(dtype=jnp.int32), engine.count),
         prefills=loop.prefills + 1,
-        core_rows=loop.core_rows + prefix.core_rows,
+        core_rows=loop.core_rows + core_rows,
         exit_rows=loop.exit_rows + (prefix.depth.size if engine.prompts_think else 0),
     )
 
 
-def read(engine: Engine, request: Int[Array, "A"]) -> Prefix:
-    """The prompts of these requests, as much of them as need not pass through a slot."""
+def read(engine: Engine, request: Int[Array, "A"]) -> tuple[Prefix, Int[Array, ""]]:
+    """The prompts of these requests, as much of them as need not pass through a slot; on how many lanes the core ran."""
     decoder, model = engine.decoder, engine.decoder.model
     prompts, lengths = engine.requests.prompts[request], engine.requests.lengths[request]
     zeros, width = jnp.zeros(prompts.shape, jnp.int32), prompts.shape[1]
@@ -137,12 +136,12 @@ def read(engine: Engine, request: Int[Array, "A"]) -> Prefix:
     begun = state[last], x[last]
     if engine.prompts_pass:
         nothing = jnp.zeros((len(prompts), width), jnp.float32)
-        return Prefix(Cache(prelude, [], []), *begun, zeros, nothing, jnp.int32(0))
+        return Prefix(Cache(prelude, [], []), *begun, zeros, nothing), jnp.int32(0)
     by_layer = context.shown if isinstance(context.shown, list) else separated(context.shown)
     core = [(_heads_first(keys), _heads_first(values)) for keys, values in by_layer]
     cache = Cache(prelude, core, [])
     if not engine.prompts_think:
-        return Prefix(cache, *begun, zeros, zeros.astype(jnp.float32), jnp.int32(0))
+        return Prefix(cache, *begun, zeros, zeros.astype(jnp.float32)), jnp.int32(0)
 
     thinks = place < lengths[:, None] - 1
     lanes, core_rows = think(engine, request, state, x, thinks, cache)
@@ -157,13 +156,8 @@ def read(engine: Engine, request: Int[Array, "A"]) -> Prefix:
     flat = hidden.reshape(-1, hidden.shape[-1]), following.ravel()
     # Some at a time: their logits need not stand in memory together.
     log_probability = jax.lax.map(likely, flat, batch_size=256).reshape(prompts.shape)
-    return Prefix(
-        cache._replace(coda=coda),
-        *begun,
-        jnp.where(thinks, lanes.k.reshape(prompts.shape), 0),
-        jnp.where(thinks, log_probability, 0.0),
-        core_rows,
-    )
+    depth = jnp.where(thinks, lanes.k.reshape(prompts.shape), 0)
+    return Prefix(cache._replace(coda=coda), *begun, depth, jnp.where(thinks, log_probability, 0.0)), core_rows
 
 
 class Walk(NamedTuple):
