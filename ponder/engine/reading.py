@@ -114,7 +114,7 @@ def admit(engine: Engine, loop: Loop) -> Loop:
 
 
 def read(engine: Engine, request: Int[Array, "A"]) -> tuple[Prefix, Int[Array, ""]]:
-    """The prompts of these requests, as much of them as need not pass through a slot; on how many lanes the core ran."""
+    """The prompts of these requests, as much of them as need not pass through a slot; lanes that the core ran on."""
     decoder, model = engine.decoder, engine.decoder.model
     prompts, lengths = engine.requests.prompts[request], engine.requests.lengths[request]
     zeros, width = jnp.zeros(prompts.shape, jnp.int32), prompts.shape[1]
